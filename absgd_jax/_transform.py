@@ -1,0 +1,100 @@
+"""The gradient-level door: ABSGD as an Optax gradient transformation."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from absgd_jax._recursion import Gamma, ScaleByAbsgdState, Temperature, recursion
+from absgd_jax._rules import KlRadius
+from absgd_jax._validate import check_scalar
+
+
+def scale_by_absgd(
+    temperature: Temperature, gamma: Gamma = 0.9, *, bias_correction: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turns the gradient of a batch's robust risk into that of Algorithm 1, by one scalar.
+
+    .. math::
+        s_{t+1} = (1-\gamma)\, s_t + \gamma \tilde g_t, \quad \tilde g_t = \tfrac1B \sum_i e^{L_i/\lambda}, \qquad
+        \tfrac1B \sum_i \frac{e^{L_i/\lambda}}{s_{t+1}} \nabla L_i = \frac{\tilde g_t}{s_{t+1}} \nabla \hat R_t,
+        \quad \hat R_t = \lambda \log \tilde g_t
+
+    s is kept as R = λ log s, in units of loss, which is finite for every λ. The mean weight g̃/s of a batch is at most
+    1/γ. At λ = ±inf gradients pass through bit for bit. When λ leaves ∞ the estimate starts afresh; any other change
+    of λ carries it over.
+
+    A value that is not finite leaves the running risk as it was and lets the gradients pass, so that
+    :func:`optax.apply_if_finite` around the whole chain discards the step and nothing is lost. So does the -0. that
+    :func:`absgd_jax.entropic_risk` returns for a batch in which everything is masked.
+
+    Do not put :class:`optax.MultiSteps` around it: it hands on the last micro-batch's value and averages gradients,
+    neither of which is a merge. Use ``absgd_jax.value_and_grad(..., num_microbatches=k)``, which is exact. To schedule
+    λ, give the schedule here: :func:`optax.inject_hyperparams` keeps a schedule's *last* value in its state, so R̂
+    would be computed with a λ that is one step old.
+
+    Args:
+      temperature: λ in units of loss: a number, an array, a schedule of the step count, or :func:`absgd_jax.kl_radius`.
+        Positive lifts hard examples, negative silences outliers, ±inf is the plain gradient.
+      gamma: γ in (0, 1], the weight of the new batch in the moving average: a number, an array, a schedule, or
+        :func:`absgd_jax.adaptive_gamma`. 1 is the mini-batch softmax.
+      bias_correction: False is the paper's s_0 = 0, so that the first batches weigh 1/γ; True divides s_t by
+        1 - (1 - γ)^t, as Adam does.
+
+    Returns:
+      A transformation with state :class:`absgd_jax.ScaleByAbsgdState`. Its update takes ``value=R̂``, the batch's
+      :func:`absgd_jax.entropic_risk` at λ, of which ``updates`` are the gradient, and with ``kl_radius`` also ``kl=``.
+
+    Raises:
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], or ``value`` is not a scalar.
+      TypeError: if ``update`` is called without ``value`` (or, with ``kl_radius``, without ``kl``).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from absgd_jax import entropic_risk, scale_by_absgd
+      >>> optimizer = optax.chain(scale_by_absgd(temperature=1.0), optax.sgd(0.1, momentum=0.9))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = optimizer.init(params)
+      >>> def risk(w):
+      ...   return entropic_risk((w - jnp.array([0.5, 3.0])) ** 2, 1.0)
+      >>> value, grads = jax.value_and_grad(risk)(params)
+      >>> updates, state = optimizer.update(grads, state, params, value=value)
+      >>> print(optax.apply_updates(params, updates).tolist())
+      [1., -0.889]
+
+    References:
+      Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, Algorithm 1.
+    """
+    rec = recursion(temperature, gamma, bias_correction)
+
+    def init_fn(params):
+        return rec.init(_state_dtype(params))
+
+    def update_fn(updates, state, params=None, *, value=None, kl=None, **extra_args):
+        del params, extra_args
+        if value is None:
+            raise TypeError(
+                "ABSGD needs the batch's risk: call update(grads, state, params, value=risk), where "
+                "risk = absgd_jax.entropic_risk(losses, temperature) and grads is its gradient; "
+                "absgd_jax.value_and_grad returns both."
+            )
+        if kl is None and isinstance(temperature, KlRadius):
+            raise TypeError(
+                "kl_radius needs the batch's KL divergence: call update(grads, state, params, value=risk, kl=kl), "
+                "where absgd_jax.value_and_grad(..., with_kl=True) returns ((risk, kl), grads)."
+            )
+        check_scalar("value", value, "Pass absgd_jax.entropic_risk(losses, temperature), not the losses.")
+        check_scalar("kl", kl, "Pass the KL of the whole batch, as absgd_jax.value_and_grad returns it.")
+        factor, state = rec.step(value, kl, state)
+        return jax.tree.map(lambda g: (factor * g).astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _state_dtype(params: optax.Params) -> jnp.dtype:
+    """float32, or float64 if any parameter is."""
+    leaves = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    real = [jnp.finfo(dtype).dtype for dtype in leaves if jnp.issubdtype(dtype, jnp.inexact)]
+    return jnp.result_type(jnp.float32, *real)
+
+
+__all__ = ["ScaleByAbsgdState", "scale_by_absgd"]

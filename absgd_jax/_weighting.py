@@ -1,0 +1,83 @@
+"""The loss-level door: the weights of Algorithm 1 for users who weight their losses themselves."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from absgd_jax._merge import AxisName, Part, merge_devices
+from absgd_jax._recursion import Gamma, ScaleByAbsgdState, Temperature, recursion
+from absgd_jax._risk import reduction_inputs, tilt
+from absgd_jax._rules import KlRadius
+
+
+class LossWeighting(NamedTuple):
+    """A pair of pure functions, made by :func:`weight_by_absgd` in the manner of an Optax transformation."""
+
+    init: Callable[[], ScaleByAbsgdState]
+    update: Callable[..., tuple[jax.Array, ScaleByAbsgdState]]
+
+
+def weight_by_absgd(temperature: Temperature, gamma: Gamma = 0.9, *, bias_correction: bool = False) -> LossWeighting:
+    r"""The per-example weights of Algorithm 1, for users who weight their losses themselves.
+
+    .. math:: \tilde p_i = e^{L_i/\lambda} / s_{t+1}, \qquad s_{t+1} = (1-\gamma)\, s_t + \gamma \tilde g_t
+
+    The same recursion as :func:`absgd_jax.scale_by_absgd`, one door earlier: the gradient of ``mean(p̃ · L)`` with p̃
+    held constant is what that transformation produces. Use one or the other, not both.
+
+    Args:
+      temperature: λ, as for :func:`absgd_jax.scale_by_absgd`.
+      gamma: γ, as there.
+      bias_correction: as there.
+
+    Returns:
+      A pair of functions. ``init() -> state``. ``update(losses, state, *, where=None, axis_name=None) -> (p̃, state)``:
+      ``losses`` of any shape; ``where`` is a mask whose False leaves an example out (its weight is 0, average over the
+      others: ``jnp.mean(p * losses, where=where)``); ``axis_name`` names a ``shard_map`` or ``pmap`` axis over which
+      the batch is spread (then average the gradient over it). p̃ has the shape of ``losses`` and carries no gradient.
+
+    Raises:
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], or the radius of a
+        :func:`absgd_jax.kl_radius` is at or above log(batch size).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax import weight_by_absgd
+      >>> weighting = weight_by_absgd(temperature=1.0, bias_correction=True)
+      >>> state = weighting.init()
+      >>> weights, state = weighting.update(jnp.array([0., 1., 4.]), state)
+      >>> print(weights.tolist(), state.risk)
+      [0.051, 0.14, 2.809] 2.967
+
+    References:
+      Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, Algorithm 1.
+    """
+    rec = recursion(temperature, gamma, bias_correction)
+
+    def init_fn():
+        return rec.init(jnp.result_type(float))
+
+    def update_fn(
+        losses: ArrayLike,
+        state: ScaleByAbsgdState,
+        *,
+        where: ArrayLike | None = None,
+        axis_name: AxisName | None = None,
+    ):
+        devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+        if isinstance(temperature, KlRadius):
+            temperature.check_batch_size(devices * math.prod(jnp.shape(losses)))
+        losses = jax.lax.stop_gradient(losses)
+        losses, lam, weights = reduction_inputs(losses, rec.temperature(state), None, where)
+        batch = tilt(losses, lam, weights)
+        part, share = Part(batch.risk, jnp.sum(weights), batch.kl), 1
+        if axis_name is not None:
+            part, share = merge_devices(part, lam, axis_name)
+        factor, state = rec.step(part.risk, part.kl, state)
+        return (factor * share * part.weight * batch.shares).astype(losses.dtype), state
+
+    return LossWeighting(init_fn, update_fn)

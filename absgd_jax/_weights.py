@@ -1,0 +1,67 @@
+"""The weights that ABSGD gives to examples, for logging and for weighting by hand."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from absgd_jax._validate import check_temperature
+
+
+def attention_weights(losses: ArrayLike, risk: ArrayLike, temperature: ArrayLike) -> jax.Array:
+    r"""How far each loss lies above the running robust risk, measured in λ and exponentiated.
+
+    .. math:: \tilde p_i = e^{(L_i - R)/\lambda}
+
+    Args:
+      losses: per-example losses, any shape, in units of loss.
+      risk: R = λ log s, the running robust risk (``state.risk``), broadcast against ``losses``. With the paper's
+        s_0 = 0 divide the result by ``state.mass``, which is 1 after a few steps.
+      temperature: λ, broadcast against ``losses``. At ±inf every weight is 1.
+
+    Returns:
+      p̃, of the broadcast shape, float32 or wider; 1 is the weight that SGD gives.
+
+    Raises:
+      ValueError: if ``temperature`` is NaN or 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax import attention_weights
+      >>> print(attention_weights(jnp.array([0., 1., 2.]), risk=1.0, temperature=1.0).tolist())
+      [0.368, 1., 2.718]
+
+    References:
+      Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, eq. (5).
+    """
+    check_temperature(temperature)
+    losses = jnp.asarray(losses)
+    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    return jnp.exp((losses - risk) / temperature)
+
+
+def effective_sample_size(weights: ArrayLike, *, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    r"""The number of equally weighted examples that weigh as much as these: (Σp)² / Σp².
+
+    Args:
+      weights: non-negative weights, any shape and scale.
+      axis: the axes to reduce. Default: all.
+
+    Returns:
+      A value between 1 (one example has all the weight) and the number of examples (all are equal); 0 if every weight
+      is 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax import effective_sample_size
+      >>> print(effective_sample_size(jnp.array([1., 1., 1., 1.])), effective_sample_size(jnp.array([1., 0., 0.])))
+      4.0 1.0
+
+    References:
+      Kish, *Survey Sampling*, 1965.
+    """
+    weights = jnp.asarray(weights)
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    largest = jnp.max(weights, axis, keepdims=True)
+    weights = weights / jnp.where(largest > 0, largest, 1)  # so that no square under- or overflows
+    squares = jnp.sum(weights**2, axis)
+    return jnp.sum(weights, axis) ** 2 / jnp.where(squares > 0, squares, 1)
