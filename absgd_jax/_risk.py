@@ -25,16 +25,26 @@ class Tilt(NamedTuple):
 def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Axis = None) -> Tilt:
     """Tilts ``values`` by exp(values/λ) under ``weights``; a value of weight 0 is left out, whatever it is.
 
-    Every exponent is taken relative to the largest (max for λ > 0, min for λ < 0), so nothing overflows. Then the
-    logarithm of the mean comes from ``log`` where it is far from 0 and from ``log1p``/``expm1`` where it is near, and
-    from the plain mean where λ dwarfs the spread: each is exact to rounding where it is used.
+    Exponents are taken relative to an anchor, which cancels: the largest one (so that nothing overflows) or, where λ
+    exceeds the spread of the values, their mean (so that nothing cancels; at λ = ∞ the mean itself is the risk). The
+    logarithm of the mean is then ``log`` far from 0 and ``log1p`` of a mean of ``expm1`` near it.
     """
     present = weights > 0
-    side = jnp.where(temperature < 0, -1, 1).astype(values.dtype)
-    largest = jnp.max(jnp.where(present, side * values, -jnp.inf), axis, keepdims=True)
+    values = jnp.where(present, values, 0)
+
+    def total(x):
+        return jnp.sum(x, axis, keepdims=True)
+
+    def largest(x):
+        return jnp.max(jnp.where(present, x, -jnp.inf), axis, keepdims=True)
+
     empty = jnp.logical_not(jnp.any(present, axis, keepdims=True))
+    weight = jnp.where(empty, 1, total(weights))
+    top, bottom = largest(values), -largest(-values)
+    extreme = jnp.where(temperature < 0, bottom, top)
+    anchor = jnp.where(top - bottom <= jnp.abs(temperature), total(weights * values) / weight, extreme)
     # The shares do not depend on the anchor, so it needs no derivative.
-    anchor = jax.lax.stop_gradient(jnp.where(empty, 0, side * largest))
+    anchor = jax.lax.stop_gradient(jnp.where(empty, 0, anchor))
 
     gaps = jnp.where(present, values - anchor, 0)
     at_zero, at_infinity = temperature == 0, jnp.isinf(temperature)
@@ -42,28 +52,21 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
     exponents = jnp.where(at_zero, -jnp.inf, gaps / jnp.where(at_zero, 1, scale))
     exponents = jnp.where((gaps == 0) | at_infinity, 0, exponents)
 
-    def total(x):
-        return jnp.sum(x, axis, keepdims=True)
-
     tilted = weights * jnp.exp(exponents)
-    weight = jnp.where(empty, 1, total(weights))
     normalizer = jnp.where(empty, 1, total(tilted))
     shares = tilted / normalizer
 
     mean = normalizer / weight
     far = mean < 0.5
-    near_zero = jnp.where(far, 0, total(weights * jnp.expm1(exponents)) / weight)
-    log_mean = jnp.where(far, jnp.log(jnp.where(far, mean, 1)), jnp.log1p(near_zero))
-    linear = jnp.max(jnp.abs(gaps), axis, keepdims=True) <= jnp.finfo(values.dtype).eps * jnp.abs(temperature)
-    mean_gap = total(jnp.where(present, weights * gaps, 0)) / weight
-    risk = anchor + jnp.where(linear, mean_gap, scale * log_mean)
-    risk = jnp.where(jnp.isfinite(anchor), risk, anchor)
+    mean_less_one = jnp.where(far, 0, total(weights * jnp.expm1(exponents)) / weight)
+    log_mean = jnp.where(far, jnp.log(jnp.where(far, mean, 1)), jnp.log1p(mean_less_one))
+    risk = jnp.where(jnp.isfinite(anchor), anchor + scale * log_mean, anchor)
     # The sign of a zero tells an empty set (-0., nothing was seen) from a set whose risk is zero (0.).
     risk = jnp.where(empty, jnp.asarray(-0.0, values.dtype), jnp.where(risk == 0, 0, risk))
 
     surprise = jnp.where(shares > 0, exponents - log_mean, 0)  # log(p̂/ŵ)
     kl = total(shares * surprise)
-    slopes = jnp.where(linear, gaps - mean_gap, scale * jnp.expm1(exponents - log_mean)) / weight
+    slopes = jnp.where(at_infinity, gaps, scale * jnp.expm1(exponents - log_mean)) / weight
     return Tilt(
         risk=jnp.squeeze(risk, axis),
         shares=shares,

@@ -45,8 +45,9 @@ def value_and_grad(
       ``f(params, *args, state=None, temperature=None, where=None, weights=None, **kwargs)``, which returns
       ``(R̂, grads)``, with ``has_aux`` ``((R̂, aux), grads)``; with ``with_kl`` R̂ becomes the pair (R̂, KL̂).
       ``args`` have the examples as their first axis, ``kwargs`` are passed on whole. ``state`` is the optimizer's
-      state, in which λ is found (an injected one too); ``temperature`` is λ itself, where there is no state or several λ.
-      ``where`` and ``weights`` are those of :func:`absgd_jax.entropic_risk`; fill padded examples with finite numbers.
+      state, in which λ is found (an injected one too); ``temperature`` is λ itself, where there is no state or several
+      λ. ``where`` and ``weights`` are those of :func:`absgd_jax.entropic_risk`; fill padded examples with finite
+      numbers.
 
     Raises:
       TypeError: if neither ``state`` nor ``temperature`` is given.
@@ -93,8 +94,9 @@ def value_and_grad(
         if temperature is None:
             temperature = _find_temperature(state)
         check_temperature(temperature, zero_allowed=True)
+        temperature = jnp.asarray(temperature, jnp.result_type(float))
         # Were they not cast, the gradient of replicated parameters would be summed over the devices unmerged.
-        variables = vary((params, jnp.asarray(temperature, jnp.result_type(float))))
+        variables = vary((params, temperature))
         batch = (args, where, weights)
         if num_microbatches == 1:
             part, grads, aux = part_of(variables, batch, kwargs)
@@ -103,7 +105,7 @@ def value_and_grad(
             part, grads, aux = _merge_slices(lambda b: part_of(variables, b, kwargs), variables[1], slices, vary)
         if axis_name is not None:
             part, grads = jax.lax.optimization_barrier((part, grads))  # the backward pass waits for no device
-            part, share = merge_devices(part, variables[1].astype(part.risk.dtype), axis_name)
+            part, share = merge_devices(part, temperature.astype(part.risk.dtype), axis_name)
             grads = jax.lax.psum(jax.tree.map(lambda g: (share * g).astype(g.dtype), grads), axis_name)
         value = (part.risk, part.kl) if with_kl else part.risk
         return ((value, aux) if has_aux else value), grads
