@@ -58,9 +58,12 @@ def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> 
         return jnp.asarray(temperature_at(state.count), state.risk.dtype)
 
     def current_gamma(state, lam):
+        """γ and 1 - γ."""
         if isinstance(gamma, AdaptiveGamma):
-            return jnp.where(state.mass == 0, 1, gamma.gamma(state.risk, lam))
-        return jnp.asarray(gamma(state.count) if callable(gamma) else gamma, state.risk.dtype)
+            new, old = gamma.gamma(state.risk, lam)
+            return jnp.where(state.mass == 0, 1, new), old
+        new = jnp.asarray(gamma(state.count) if callable(gamma) else gamma, state.risk.dtype)
+        return new, 1 - new
 
     def init(dtype):
         lam = temperature.init if isinstance(temperature, KlRadius) else temperature_at(0)
@@ -70,12 +73,12 @@ def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> 
     def step(value, kl, state):
         dtype = state.risk.dtype
         value, lam = jnp.asarray(value, dtype), current_temperature(state)
-        gam = current_gamma(state, lam)
+        new, old = current_gamma(state, lam)
 
-        past = (1 - gam) * state.mass
-        merged = tilt(jnp.stack([state.risk, value]), lam, jnp.stack([past, gam]))
-        mass = past + gam
-        factor = merged.shares[1] / gam
+        past = old * state.mass
+        merged = tilt(jnp.stack([state.risk, value]), lam, jnp.stack([past, new]))
+        mass = past + new
+        factor = merged.shares[1] / new
         if bias_correction:
             factor = factor * mass
 

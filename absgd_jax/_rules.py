@@ -17,8 +17,10 @@ class AdaptiveGamma(NamedTuple):
 
     log_alpha: float
 
-    def gamma(self, risk: jax.Array, temperature: jax.Array) -> jax.Array:
-        return jax.nn.sigmoid(self.log_alpha + risk / temperature)
+    def gamma(self, risk: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """γ and 1 - γ; the latter has its own sigmoid because it matters most where γ rounds to 1."""
+        logit = self.log_alpha + risk / temperature
+        return jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
 
 
 def adaptive_gamma(log_alpha: float) -> AdaptiveGamma:

@@ -1,0 +1,166 @@
+"""Both doors against a literal transcription of Algorithm 1, over 200 steps."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import absgd_jax
+from tests.reference import algorithm1
+
+STEPS, DIM, LEARNING_RATE = 200, 5, 0.01
+TEMPERATURES = [sign * lam for lam in (1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e8) for sign in (1, -1)]
+GRID = list(itertools.product(TEMPERATURES, (0.01, 0.5, 0.9, 1.0), ((0.0, 0.0), (0.9, 1e-2))))
+
+
+def make_stream(batch_size, dtype):
+    rng = np.random.default_rng(batch_size)
+    losses = rng.exponential(size=(STEPS, batch_size)).astype(dtype)
+    gradients = rng.normal(size=(STEPS, batch_size, DIM)).astype(dtype)
+    return losses, gradients, rng.normal(size=DIM).astype(dtype)
+
+
+def through_gradients(losses, gradients, w, temperature, gamma, momentum, weight_decay):
+    """scale_by_absgd: the risk of losses that are linear in w, so that the given gradients are theirs."""
+    optimizer = absgd_jax.absgd(LEARNING_RATE, temperature, gamma, momentum, weight_decay)
+
+    def step(carry, batch):
+        w, state = carry
+
+        def per_example_loss(v, batch_losses, batch_gradients):
+            return batch_losses + batch_gradients @ (v - w)
+
+        risk, grads = absgd_jax.value_and_grad(per_example_loss)(w, *batch, temperature=temperature)
+        updates, state = optimizer.update(grads, state, w, value=risk)
+        return (optax.apply_updates(w, updates), state), state[0]
+
+    (w, _), states = jax.lax.scan(step, (w, optimizer.init(w)), (losses, gradients))
+    return w, states
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("batch_size", [1, 7, 128])
+def test_parameters_and_risk_of_the_gradient_door(batch_size, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        losses, gradients, w = make_stream(batch_size, dtype)
+        settings = np.array([(lam, gamma, *rest) for lam, gamma, rest in GRID], dtype)
+        ours, states = jax.jit(jax.vmap(partial(through_gradients, losses, gradients, w)))(*settings.T)
+        assert ours.dtype == states.risk.dtype == dtype
+
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    for (lam, gamma, momentum, weight_decay), params, risk in zip(settings, ours, states.risk[:, -1], strict=True):
+        expected, _, log_s = algorithm1(
+            losses, gradients, w, temperature=lam, gamma=gamma, learning_rate=np.float64(LEARNING_RATE),
+            momentum=momentum, weight_decay=weight_decay,
+        )  # fmt: skip
+        # A risk kept in units of loss is rounded by eps |R|, which moves s by eps |R| / λ: all that λ << R costs.
+        rounding = np.finfo(dtype).eps * losses.max() / abs(lam)
+        error = np.linalg.norm(np.asarray(params) - expected) / np.linalg.norm(expected)
+        assert error <= max(tolerance, rounding), (lam, gamma, momentum, weight_decay)
+        if (1 - gamma) ** STEPS < np.finfo(dtype).eps:  # then mass is 1 and R is λ log s
+            truth_rounding = 4 * np.finfo(np.longdouble).eps * abs(lam)
+            np.testing.assert_allclose(np.float64(risk), np.float64(log_s[-1]), rtol=tolerance, atol=truth_rounding)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("gamma", [0.05, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [-2.0, 0.1, 1.0, 30.0])
+def test_weights_and_state_of_the_loss_door(temperature, gamma, bias_correction):
+    losses, gradients, w = make_stream(16, np.float32)
+    weighting = absgd_jax.weight_by_absgd(temperature, gamma, bias_correction=bias_correction)
+
+    def step(state, batch):
+        weights, state = weighting.update(batch, state)
+        return state, (weights, state)
+
+    _, (weights, states) = jax.lax.scan(step, weighting.init(), losses)
+    lam, gamma = np.float32(temperature), np.float32(gamma)
+    _, expected, log_s = algorithm1(
+        losses, gradients, w, temperature=lam, gamma=gamma, learning_rate=1.0, bias_correction=bias_correction
+    )
+    close = partial(
+        np.testing.assert_allclose, rtol=1e-5 + 8 * np.finfo(np.float32).eps * losses.max() / abs(lam), atol=1e-36
+    )
+    close(weights, expected.astype(float))
+    s = np.float64(states.mass) * np.exp(np.float64(states.risk) / lam)
+    close(s, np.exp((log_s / lam).astype(float)))
+    close(states.mass, 1 - (1 - np.float64(gamma)) ** np.arange(1, STEPS + 1))
+    by_hand = absgd_jax.attention_weights(losses, states.risk[:, None], temperature)
+    if not bias_correction:
+        by_hand = by_hand / states.mass[:, None]
+    close(by_hand, expected.astype(float))
+
+
+@pytest.mark.parametrize("temperature", [float("inf"), float("-inf")])
+def test_infinite_temperature_is_the_mean_gradient(temperature):
+    losses, gradients, w = make_stream(7, np.float32)
+    ours, states = through_gradients(losses, gradients, w, temperature, 0.9, 0.9, 1e-2)
+    params, v = w.astype(np.float64), 0.0
+    for grads in gradients:
+        v = 0.9 * v + grads.mean(0) + 1e-2 * params
+        params = params - LEARNING_RATE * v
+    np.testing.assert_allclose(ours, params, rtol=1e-5)
+    np.testing.assert_allclose(states.risk, losses.mean(1), rtol=1e-6)
+    assert not np.any(states.mass)
+
+
+def test_the_mean_weight_of_a_batch_is_at_most_one_over_gamma():
+    weighting = absgd_jax.weight_by_absgd(0.01, gamma=0.2)
+    _, state = weighting.update(jnp.zeros(4), weighting.init())
+    weights, _ = weighting.update(jnp.full(4, 1e6), state)
+    np.testing.assert_allclose(weights, 5.0, rtol=1e-6)
+
+
+def test_adaptive_gamma_is_scents_recursion():
+    losses, _, _ = make_stream(16, np.float32)
+    alpha, lam = 0.3, 0.7
+    weighting = absgd_jax.weight_by_absgd(lam, absgd_jax.adaptive_gamma(float(np.log(alpha))))
+    _, states = jax.lax.scan(lambda s, x: (weighting.update(x, s)[1],) * 2, weighting.init(), losses)
+    s, expected = None, []
+    for batch in losses.astype(np.float64):
+        g = np.mean(np.exp(batch / lam))
+        gamma = 1.0 if s is None else alpha * s / (1 + alpha * s)
+        s = g if s is None else (1 - gamma) * s + gamma * g
+        expected.append(lam * np.log(s))
+    np.testing.assert_allclose(states.risk, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", [2.0, -2.0])
+def test_kl_radius_is_the_mirror_step_and_reaches_its_radius(init):
+    losses, _, _ = make_stream(64, np.float32)
+    rho, step_size = 0.5, 0.2
+    rule = absgd_jax.kl_radius(rho, init=init, step_size=step_size)
+    weighting = absgd_jax.weight_by_absgd(rule)
+    _, states = jax.lax.scan(lambda s, x: (weighting.update(x, s)[1],) * 2, weighting.init(), losses)
+    lam, expected, kls = init, [], []
+    for batch in losses.astype(np.float64):
+        p = np.exp((batch - batch.mean()) / lam)
+        p /= p.sum()
+        kls.append(np.sum(p * np.log(p * p.size)))
+        lam *= np.exp(step_size * (kls[-1] - rho))
+        expected.append(lam)
+    np.testing.assert_allclose(states.temperature, expected, rtol=1e-4)
+    assert np.mean(kls[100:]) == pytest.approx(rho, rel=0.05)
+
+
+def test_kl_radius_starts_at_init_when_handed_a_state_at_infinity():
+    plain = absgd_jax.weight_by_absgd(float("inf"))
+    _, state = plain.update(jnp.arange(8.0), plain.init())
+    robust = absgd_jax.weight_by_absgd(absgd_jax.kl_radius(0.5, init=3.0))
+    weights, state = robust.update(jnp.arange(8.0), state)
+    np.testing.assert_array_equal(weights, 1)
+    assert state.temperature == 3
+    assert state.mass == 0
+
+
+def test_kl_radius_survives_batches_without_any_spread():
+    weighting = absgd_jax.weight_by_absgd(absgd_jax.kl_radius(1.0, step_size=50.0))
+    state = weighting.init()
+    for losses in [jnp.zeros(8)] * 5 + [jnp.arange(8.0)] * 20:
+        weights, state = weighting.update(losses, state)
+        assert np.all(np.isfinite(weights))
+        assert 0 < state.temperature < np.inf
