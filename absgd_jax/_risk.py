@@ -42,15 +42,16 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
     weight = jnp.where(empty, 1, total(weights))
     top, bottom = largest(values), -largest(-values)
     extreme = jnp.where(temperature < 0, bottom, top)
-    anchor = jnp.where(top - bottom <= jnp.abs(temperature), total(weights * values) / weight, extreme)
+    wide = (top - bottom < jnp.abs(temperature)) | jnp.isinf(temperature)
+    anchor = jnp.where(wide, total(weights * values) / weight, extreme)
     # The shares do not depend on the anchor, so it needs no derivative.
     anchor = jax.lax.stop_gradient(jnp.where(empty, 0, anchor))
 
     gaps = jnp.where(present, values - anchor, 0)
     at_zero, at_infinity = temperature == 0, jnp.isinf(temperature)
     scale = jnp.where(at_infinity, 1, temperature)
-    exponents = jnp.where(at_zero, -jnp.inf, gaps / jnp.where(at_zero, 1, scale))
-    exponents = jnp.where((gaps == 0) | at_infinity, 0, exponents)
+    exponents = jnp.where(at_infinity, 0, gaps / jnp.where(at_zero, 1, scale))
+    exponents = jnp.where(at_zero, jnp.where(gaps == 0, 0, -jnp.inf), exponents)
 
     tilted = weights * jnp.exp(exponents)
     normalizer = jnp.where(empty, 1, total(tilted))

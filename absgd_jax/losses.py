@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from absgd_jax._validate import check_finite, check_positive
+from absgd_jax import _validate
 
 _cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
@@ -83,9 +83,9 @@ def ldam(
     References:
       Cao et al., `Learning Imbalanced Datasets with LDAM <https://arxiv.org/abs/1906.07413>`_, 2019.
     """
-    check_positive("max_margin", max_margin)
-    check_positive("exponent", exponent)
-    check_positive("scale", scale)
+    _validate.check_positive("max_margin", max_margin)
+    _validate.check_positive("exponent", exponent)
+    _validate.check_positive("scale", scale)
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     counts = jnp.asarray(class_counts, logits.dtype)
     margins = max_margin * (counts / jnp.min(counts)) ** -exponent
@@ -148,7 +148,7 @@ def logit_adjustment(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLi
     References:
       Menon et al., `Long-tail learning via logit adjustment <https://arxiv.org/abs/2007.07314>`_, 2021.
     """
-    check_finite("tau", tau)
+    _validate.check_finite("tau", tau)
     logits = jnp.asarray(logits)
     counts = jnp.asarray(class_counts, logits.dtype)
     return _cross_entropy(logits + tau * jnp.log(counts / jnp.sum(counts)), labels)
@@ -183,7 +183,7 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     if isinstance(beta, (int, float)) and not 0 <= beta < 1:
         raise ValueError(f"beta={beta!r}: it must be at least 0 and less than 1; 0.9999 is usual.")
     counts = jnp.asarray(class_counts, jnp.result_type(float))
-    weights = 1 / -jnp.expm1(counts * jnp.log(beta))  # 1 - β^n without cancellation
+    weights = 1 / -jnp.expm1(counts * jnp.log1p(beta - 1))  # 1 - β^n without cancellation
     return weights / jnp.sum(weights) * counts.shape[0]
 
 

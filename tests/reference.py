@@ -18,7 +18,7 @@ def algorithm1(
 ):
     """Algorithm 1 of arXiv 2012.06951 on given losses (T, B) and per-example gradients (T, B, D).
 
-    Returns the parameters after T steps, the weights p̃ (T, B) and λ log s (T,), all long doubles. Every λ is finite; the
+    Returns the parameters after T steps, the weights p̃ (T, B) and λ log s (T,), all long doubles. λ is finite; the
     exponentials are relative to the largest loss of the whole run, which cancels in p̃, so that none overflows.
     """
     real = np.longdouble

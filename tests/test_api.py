@@ -1,0 +1,124 @@
+"""The library's own conventions: what is public, how it is documented, how it is built, how it refuses bad input."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import absgd_jax
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = {
+    "ScaleByAbsgdState", "abadam", "absgd", "adaptive_gamma", "attention_weights", "effective_sample_size",
+    "entropic_risk", "kl_radius", "losses", "merge_risks", "scale_by_absgd", "value_and_grad", "weight_by_absgd",
+}  # fmt: skip
+LOSSES = {
+    "balanced_softmax", "class_balanced_weights", "deferred_reweighting", "focal", "ldam", "logit_adjustment",
+}  # fmt: skip
+
+
+def public_names(module):
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (value is absgd_jax.losses or getattr(value, "__module__", "").startswith("absgd_jax"))
+    }
+
+
+def public_functions():
+    modules = (absgd_jax, absgd_jax.losses)
+    functions = [getattr(module, name) for module in modules for name in public_names(module)]
+    return sorted((f for f in functions if inspect.isfunction(f)), key=lambda f: f.__name__)
+
+
+def test_public_names_are_exactly_these():
+    assert public_names(absgd_jax) == PUBLIC
+    assert public_names(absgd_jax.losses) == LOSSES
+
+
+@pytest.mark.parametrize("function", public_functions(), ids=lambda f: f.__name__)
+def test_every_public_function_is_documented_in_the_house_order(function):
+    doc = inspect.getdoc(function)
+    assert len(doc.splitlines()[0]) < 120
+    assert doc.splitlines()[1] == ""
+    sections = [s for s in ("Args:", "Returns:", "Raises:", "Example:", "References:") if f"\n{s}\n" in doc]
+    assert {"Args:", "Returns:", "Example:"} <= set(sections)
+    assert [doc.index(f"\n{s}\n") for s in sections] == sorted(doc.index(f"\n{s}\n") for s in sections)
+    for name in inspect.signature(function).parameters:
+        assert f"\n  {name}: " in doc, f"{name} is not documented"
+
+
+def test_version_is_that_of_the_distribution_and_of_the_changelog():
+    assert absgd_jax.__version__ == importlib.metadata.version("absgd_jax")
+    assert f"## {absgd_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_modules_of_the_library_are_short():
+    for path in (ROOT / "absgd_jax").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_importing_needs_the_core_dependencies_only():
+    heavy = "flax equinox matplotlib orbax rich sklearn tyro pooch hypothesis mpmath"
+    code = f"import sys, absgd_jax; loaded = set('{heavy}'.split()) & set(sys.modules); assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        absgd_jax.scale_by_absgd,
+        absgd_jax.weight_by_absgd,
+        lambda *a: absgd_jax.absgd(0.1, *a),
+        lambda *a: absgd_jax.abadam(0.1, *a),
+    ],
+)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((float("nan"),), "temperature=nan"),
+        ((0,), "temperature=0"),
+        ((0.0,), "temperature=0.0"),
+        ((1.0, 0.0), "gamma=0.0"),
+        ((1.0, 1.5), "gamma=1.5"),
+        ((1.0, -0.1), "gamma=-0.1"),
+        ((1.0, float("nan")), "gamma=nan"),
+    ],
+)
+def test_bad_numbers_are_quoted_at_construction(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: absgd_jax.adaptive_gamma(float("inf")), "log_alpha=inf"),
+        (lambda: absgd_jax.kl_radius(0.0), "rho=0.0"),
+        (lambda: absgd_jax.kl_radius(float("nan")), "rho=nan"),
+        (lambda: absgd_jax.kl_radius(1.0, init=0.0), "init=0.0"),
+        (lambda: absgd_jax.kl_radius(1.0, init=float("inf")), "init=inf"),
+        (lambda: absgd_jax.kl_radius(1.0, step_size=-1.0), "step_size=-1.0"),
+        (lambda: absgd_jax.kl_radius(4.9, batch_size=128), r"rho=4.9.*log\(128\) = 4.852.*uniform"),
+        (lambda: absgd_jax.value_and_grad(jnp.square, num_microbatches=0), "num_microbatches=0"),
+    ],
+)
+def test_bad_numbers_of_the_rest_are_quoted(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_radius_that_the_batch_cannot_reach_is_refused_where_the_batch_is_seen():
+    weighting = absgd_jax.weight_by_absgd(absgd_jax.kl_radius(2.0))
+    with pytest.raises(ValueError, match=r"rho=2.0.*log\(4\)"):
+        weighting.update(jnp.ones(4), weighting.init())
+    weighting.update(jnp.ones(8), weighting.init())
+
+
+def test_traced_values_are_never_checked():
+    absgd_jax.scale_by_absgd(jnp.array(0.0), jnp.array(2.0))

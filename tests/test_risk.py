@@ -1,0 +1,214 @@
+"""The entropic risk, its derivatives and its merge against 60-digit arithmetic, and where exp overflows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from absgd_jax import attention_weights, effective_sample_size, entropic_risk, merge_risks
+from tests import reference
+
+INF = float("inf")
+EPS = np.finfo(np.float32).eps
+rng = np.random.default_rng(0)
+BATCHES = {
+    "exponential": rng.exponential(size=128),
+    "huge": 1e30 * rng.exponential(size=128),
+    "tiny": 1e-30 * rng.exponential(size=128),
+    "one outlier": np.append(rng.exponential(size=127), 1e6),
+    "negative outlier": np.append(rng.exponential(size=127), -1e6),
+    "all equal": np.full(128, 2.3),
+    "all zero": np.zeros(128),
+    "one example": np.array([1.7]),
+    "many": 1 + rng.normal(size=1000),
+}
+TEMPERATURES = [s * lam for lam in (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e5, 1e8, INF) for s in (1, -1)]
+
+
+@jax.jit
+def risk_and_gradients(losses, temperature):
+    return entropic_risk(losses, temperature), *jax.grad(entropic_risk, (0, 1))(losses, temperature)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_risk_and_gradients_against_sixty_digits(batch, temperature):
+    losses = np.float32(BATCHES[batch])
+    risk, shares, slope = risk_and_gradients(losses, np.float32(temperature))
+    true_risk, true_shares, true_kl = reference.entropic_risk(losses, np.float32(temperature))
+    np.testing.assert_allclose(risk, float(true_risk), rtol=3e-6)
+    # A share exp(-x) is known to eps x; below 1e-35 it underflows.
+    np.testing.assert_allclose(shares, np.array(true_shares, float), rtol=100 * EPS, atol=1e-35)
+    np.testing.assert_allclose(-slope, float(true_kl), rtol=1e-5, atol=20 * EPS)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_float64_stays_float64(batch, temperature):
+    with jax.enable_x64(True):
+        risk, shares, _ = risk_and_gradients(BATCHES[batch], np.float64(temperature))
+        assert risk.dtype == shares.dtype == np.float64
+    true_risk, _, _ = reference.entropic_risk(BATCHES[batch], temperature)
+    np.testing.assert_allclose(risk, float(true_risk), rtol=1e-14)
+
+
+@pytest.mark.parametrize("temperature", [INF, -INF, 0, 0.0, 1e-3, -1e-3, 2.0])
+def test_python_numbers_and_traced_values_agree(temperature):
+    losses = jnp.float32(BATCHES["exponential"])
+    traced = jax.jit(entropic_risk)(losses, jnp.float32(temperature))
+    np.testing.assert_allclose(entropic_risk(losses, temperature), traced, rtol=1e-6)
+
+
+def test_limits_are_the_mean_and_the_maximum():
+    losses = jnp.array([1.0, 5.0, 3.0, 5.0])
+    assert entropic_risk(losses, INF) == entropic_risk(losses, -INF) == 3.5
+    assert entropic_risk(losses, 0) == 5
+    np.testing.assert_array_equal(jax.grad(entropic_risk)(losses, INF), 0.25)
+    np.testing.assert_array_equal(jax.grad(entropic_risk)(losses, 0.0), [0, 0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_reduced_in_float32(dtype):
+    losses = jnp.asarray(BATCHES["exponential"], dtype)
+    risk = entropic_risk(losses, 0.5)
+    assert risk.dtype == jnp.float32
+    np.testing.assert_allclose(risk, float(reference.entropic_risk(losses, 0.5)[0]), rtol=3e-6)
+    assert jax.grad(entropic_risk)(losses, 0.5).dtype == dtype
+    assert attention_weights(losses, 1.0, 0.5).dtype == jnp.float32
+
+
+def test_integer_losses():
+    np.testing.assert_allclose(entropic_risk(jnp.arange(4), 1.0), float(reference.entropic_risk(range(4), 1.0)[0]))
+
+
+def test_weights_are_normalised_and_differentiable():
+    losses, weights = np.float32(rng.exponential(size=9)), np.float32(rng.exponential(size=9))
+    risk, grads = jax.value_and_grad(lambda w: entropic_risk(losses, 0.7, weights=w))(weights)
+    np.testing.assert_allclose(risk, float(reference.entropic_risk(losses, 0.7, weights)[0]), rtol=1e-6)
+    z = weights.astype(float) @ np.exp(losses / 0.7)
+    np.testing.assert_allclose(grads, 0.7 * (np.exp(losses / 0.7) / z - 1 / weights.sum()), rtol=1e-4, atol=1e-7)
+    mean_grads = jax.grad(lambda w: entropic_risk(losses, INF, weights=w))(weights)
+    mean = np.average(losses, weights=weights)
+    np.testing.assert_allclose(mean_grads, (losses - mean) / weights.sum(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.5, -0.5, 20.0, INF])
+@pytest.mark.parametrize("garbage", [0.0, np.nan, INF, -INF, 1e38])
+def test_masked_is_removed_whatever_the_loss(temperature, garbage):
+    kept = jnp.float32(rng.exponential(size=5))
+    padded = jnp.concatenate([kept[:2], jnp.full(2, garbage), kept[2:]])
+    where = jnp.array([1, 1, 0, 0, 1, 1, 1], bool)
+
+    def risk(losses):
+        return entropic_risk(losses, temperature, where=where)
+
+    np.testing.assert_allclose(risk(padded), entropic_risk(kept, temperature), rtol=1e-6)
+    grads = jax.jit(jax.grad(risk))(padded)
+    np.testing.assert_allclose(grads[where], jax.grad(entropic_risk)(kept, temperature), rtol=1e-6)
+    np.testing.assert_array_equal(grads[~where], 0)
+    _, tangent = jax.jvp(risk, [padded], [jnp.where(where, 1.0, jnp.nan)])
+    np.testing.assert_allclose(tangent, 1, rtol=1e-6)
+    assert np.all(np.isfinite(jax.jit(jax.hessian(risk))(padded)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, -1.0, INF, 0.0])
+def test_nothing_left_is_minus_zero_with_gradient_zero(temperature):
+    losses = jnp.array([1.0, jnp.nan])
+
+    def risk(losses, temperature):
+        return entropic_risk(losses, temperature, where=jnp.zeros(2, bool))
+
+    value, grads = jax.jit(jax.value_and_grad(risk, (0, 1)))(losses, temperature)
+    assert value == 0
+    assert np.signbit(value)
+    np.testing.assert_array_equal(grads[0], 0)
+    assert grads[1] == 0
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_risk_of_zero_has_the_sign_of_something_seen(zero):
+    assert not np.signbit(jax.jit(entropic_risk)(jnp.full(3, zero), -1.0))
+    assert not np.signbit(entropic_risk(jnp.full(3, zero), INF))
+
+
+def test_infinite_and_nan_losses():
+    assert entropic_risk(jnp.array([1.0, INF]), 1.0) == INF
+    assert entropic_risk(jnp.array([1.0, -INF]), -1.0) == -INF
+    assert entropic_risk(jnp.array([1.0, INF]), INF) == entropic_risk(jnp.array([1.0, INF]), -INF) == INF
+    np.testing.assert_allclose(entropic_risk(jnp.array([1.0, INF]), -1.0), 1 + np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(entropic_risk(jnp.array([1.0, -INF]), 1.0), 1 - np.log(2), rtol=1e-6)
+    assert np.isnan(entropic_risk(jnp.array([1.0, jnp.nan]), 1.0))
+
+
+def test_axis_reduces_some_axes_only():
+    losses = jnp.float32(rng.exponential(size=(3, 4, 5)))
+    where = losses > 0.2
+    for axis, shape in ((0, (4, 5)), (-1, (3, 4)), ((0, 2), (4,)), (None, ())):
+        assert jax.eval_shape(lambda axis=axis: entropic_risk(losses, 0.7, where=where, axis=axis)).shape == shape
+    rows = [float(reference.entropic_risk(x[m], 0.7)[0]) for x, m in zip(losses[0], where[0], strict=True)]
+    np.testing.assert_allclose(entropic_risk(losses, 0.7, where=where, axis=-1)[0], rows, rtol=1e-6)
+    grads = jax.grad(lambda x: entropic_risk(x, 0.7, axis=-1).sum())(losses)
+    np.testing.assert_allclose(grads.sum(-1), 1, rtol=1e-6)
+
+
+def test_forward_reverse_and_second_derivatives_are_those_of_the_formula():
+    losses = np.float32(rng.exponential(size=6))
+    lam = 0.7
+    p = np.exp(losses.astype(float) / lam)
+    p /= p.sum()
+    mean = p @ losses
+    hessian = (np.diag(p) - np.outer(p, p)) / lam
+    mixed = -p * (losses - mean) / lam**2
+    curvature = p @ (losses - mean) ** 2 / lam**3
+
+    close = lambda actual, desired: np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-6)  # noqa: E731
+    close(jax.jacfwd(entropic_risk)(losses, lam), p)
+    close(jax.jacrev(entropic_risk)(losses, lam), p)
+    for outer in (jax.jacfwd, jax.jacrev):
+        for inner in (jax.jacfwd, jax.jacrev):
+            second = jax.jit(outer(inner(entropic_risk, (0, 1)), (0, 1)))(losses, lam)
+            for actual, desired in zip(jax.tree.leaves(second), (hessian, mixed, mixed, curvature), strict=True):
+                close(actual, desired)
+    np.testing.assert_array_equal(jax.hessian(entropic_risk)(losses, INF), 0)
+
+
+def test_vmap_over_batches_and_temperatures():
+    losses, lams = jnp.float32(rng.exponential(size=(3, 6))), jnp.array([0.5, -2.0, INF])
+    together = jax.vmap(jax.grad(entropic_risk))(losses, lams)
+    alone = [jax.grad(entropic_risk)(x, lam) for x, lam in zip(losses, lams, strict=True)]
+    np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.5, -0.5, 1e6, INF])
+def test_merging_unequal_parts_is_the_whole(temperature):
+    losses = jnp.float32(rng.exponential(size=12))
+    parts = [losses[:1], losses[1:6], losses[6:6], losses[6:]]
+    risks = jnp.stack([entropic_risk(x, temperature) for x in parts[:2] + parts[3:]])
+    risk, shares = merge_risks(risks, temperature, weights=jnp.array([1, 5, 6]))
+    np.testing.assert_allclose(risk, entropic_risk(losses, temperature), rtol=1e-6)
+    whole = jax.grad(entropic_risk)(losses, temperature)
+    np.testing.assert_allclose(shares, [whole[:1].sum(), whole[1:6].sum(), whole[6:].sum()], rtol=1e-5, atol=1e-30)
+    with_empty, shares = merge_risks(jnp.append(risks, jnp.nan), temperature, weights=jnp.array([1, 5, 6, 0]))
+    assert with_empty == risk
+    assert shares[3] == 0
+
+
+def test_attention_weights_and_effective_sample_size():
+    losses = jnp.array([0.0, 1.0, 3.0])
+    np.testing.assert_allclose(attention_weights(losses, 1.0, -2.0), np.exp([0.5, 0, -1]), rtol=1e-6)
+    np.testing.assert_array_equal(attention_weights(losses, 1.0, INF), 1)
+    assert effective_sample_size(jnp.array([3e-30, 3e-30, 0, 0])) == 2
+    assert effective_sample_size(jnp.array([2e30, 2e30, 2e30])) == 3
+    assert effective_sample_size(jnp.zeros(3)) == 0
+    np.testing.assert_array_equal(effective_sample_size(jnp.eye(3), axis=1), 1)
+
+
+@pytest.mark.parametrize("function", [entropic_risk, merge_risks, lambda x, t: attention_weights(x, 1.0, t)])
+def test_nan_temperature_is_refused(function):
+    with pytest.raises(ValueError, match="temperature=nan"):
+        function(jnp.ones(3), float("nan"))
+
+
+def test_a_temperature_for_each_example_is_refused():
+    with pytest.raises(ValueError, match=r"temperature has shape \(3,\).*vmap"):
+        entropic_risk(jnp.ones(3), jnp.ones(3))
