@@ -3,7 +3,6 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types docs build mini clean
@@ -25,7 +24,7 @@ types: .venv/.dev ## pyright
 	$(BIN)/pyright
 
 docs: .venv/.dev ## the documentation site, into site/
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m sphinx -W --keep-going -q docs site
 
 build: .venv/.dev ## sdist and wheel, into dist/
 	$(BIN)/python -m build

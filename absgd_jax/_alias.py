@@ -26,7 +26,7 @@ def absgd(
       temperature: λ, as for :func:`absgd_jax.scale_by_absgd`.
       gamma: γ, as there.
       momentum: μ; None keeps no momentum.
-      weight_decay: ω, the gradient of the regulariser r(w) = ω/2 |w|², not weighted by p̃.
+      weight_decay: ω, the gradient of the regulariser r(w) = ω‖w‖²/2, not weighted by p̃.
       nesterov: whether the momentum is Nesterov's.
 
     Returns:
