@@ -91,7 +91,7 @@ def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> 
             seen &= jnp.isfinite(kl)
             following = jnp.where(seen, temperature.next_temperature(lam, kl), lam)
         state = ScaleByAbsgdState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             risk=jnp.where(seen, merged.risk, state.risk),
             temperature=following,
             mass=jnp.where(seen, jnp.where(plain, 0, mass), state.mass),

@@ -160,7 +160,7 @@ def _merge_slices(part_of, temperature, slices, vary):
     return part, grads, aux
 
 
-def _find_temperature(state: optax.OptState) -> ArrayLike:
+def _find_temperature(state: optax.OptState | None) -> ArrayLike:
     """λ from an optimizer's state; one that inject_hyperparams holds goes before the one it was last built with."""
     if state is None:
         raise TypeError("Pass state=opt_state, from which λ is read, or temperature=λ.")
