@@ -67,24 +67,29 @@ def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> 
 
     def init(dtype):
         lam = temperature.init if isinstance(temperature, KlRadius) else temperature_at(0)
-        zero = jnp.zeros((), dtype)
-        return ScaleByAbsgdState(jnp.zeros((), jnp.int32), zero, jnp.asarray(lam, dtype), zero)
+        # Each field is an array of its own: the state can be donated.
+        return ScaleByAbsgdState(
+            count=jnp.zeros((), jnp.int32),
+            risk=jnp.zeros((), dtype),
+            temperature=jnp.array(lam, dtype),
+            mass=jnp.zeros((), dtype),
+        )
 
     def step(value, kl, state):
         dtype = state.risk.dtype
         value, lam = jnp.asarray(value, dtype), current_temperature(state)
         new, old = current_gamma(state, lam)
 
-        past = old * state.mass
+        # At λ = ∞ every weight is 1 and nothing is remembered; a batch that is empty (-0.) or broken is not counted.
+        plain = jnp.isinf(lam)
+        seen = jnp.isfinite(value) & ~((value == 0) & jnp.signbit(value))
+        past = jnp.where(plain, 0, old * state.mass)
         merged = tilt(jnp.stack([state.risk, value]), lam, jnp.stack([past, new]))
         mass = past + new
         factor = merged.shares[1] / new
         if bias_correction:
             factor = factor * mass
 
-        # At λ = ∞ every weight is 1 and nothing is remembered; a batch that is empty (-0.) or broken is not counted.
-        plain = jnp.isinf(lam)
-        seen = jnp.isfinite(value) & ~((value == 0) & jnp.signbit(value))
         following = jnp.asarray(temperature_at(state.count + 1), dtype) if callable(temperature) else lam
         if isinstance(temperature, KlRadius):
             kl = jnp.asarray(kl, dtype)
