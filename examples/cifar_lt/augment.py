@@ -1,0 +1,39 @@
+"""Images as the network sees them: random crops and flips, then normalisation, all on the device."""
+
+import jax
+import jax.numpy as jnp
+
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2023, 0.1994, 0.2010)
+PAD = 4
+SIZE = 32
+
+
+def pad(images: jax.Array) -> jax.Array:
+    """Frames images (N, 32, 32, 3) with 4 black pixels, to (N, 40, 40, 3)."""
+    return jnp.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+
+
+def crop_and_flip(padded: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
+    """A random crop, mirrored half of the time, of each image of a batch, in one gather.
+
+    Args:
+      padded: framed images, shape (N, 40, 40, 3).
+      batch: indices of the batch's images, shape (B,).
+      key: the random key.
+
+    Returns:
+      Images, shape (B, 32, 32, 3).
+    """
+    corner_key, flip_key = jax.random.split(key)
+    top, left = jax.random.randint(corner_key, (2, batch.size, 1), 0, 2 * PAD + 1)
+    flip = jax.random.bernoulli(flip_key, shape=(batch.size, 1))
+    along = jnp.arange(SIZE)
+    rows = top + along
+    columns = left + jnp.where(flip, along[::-1], along)
+    return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """Bytes to float32 of about mean 0 and variance 1 in each channel."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)

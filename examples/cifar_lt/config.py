@@ -1,0 +1,130 @@
+"""All settings of a run. The fields are the command line's options, the presets in ``configs/`` their defaults."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from examples.cifar_lt.errors import UserError
+
+Preset = Literal["smoke", "mini", "paper"]
+Loss = Literal["ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "balanced-softmax", "logit-adjustment"]
+PRESETS: tuple[str, ...] = get_args(Preset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a CIFAR ResNet on an imbalanced subset, in the two stages of ABSGD."""
+
+    preset: Preset
+    """Where all other defaults come from: see configs/."""
+    depth: int
+    """Depth of the ResNet, 6n + 2."""
+    width: int
+    """Channels of its first stage; the published networks have 16."""
+    epochs: int
+    """All epochs. The second stage begins after 80 % of them."""
+    decay: float
+    """Factor on the learning rate after 80 % of the epochs, and again after 90 %."""
+    n_max: int | None
+    """Training images of the largest class. None takes all there are."""
+    test_per_class: int | None
+    """Test images of each class. None takes all there are."""
+    eval_every: int
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    batch_size: int = 128
+    """Images in a step. What is left over at the end of an epoch (other images every time) is dropped."""
+
+    dataset: Literal["cifar10", "cifar100"] = "cifar10"
+    """The dataset."""
+    imbalance: Literal["lt", "step"] = "lt"
+    """Long-tailed (exponential), or half of the classes frequent and half rare."""
+    ratio: float = 100.0
+    """Imbalance ratio ρ: the largest class over the smallest."""
+    validation: float = 0.0
+    """Fraction of each class held out, before the imbalance, to tune on. It is as balanced as the test set."""
+    loss: Loss = "ce"
+    """The per-example loss; cb- weighs the classes by effective number in the second stage."""
+    temperature: float = math.inf
+    """λ of the second stage, in units of loss. inf is SGD."""
+    kl_radius: float | None = None
+    """Radius in nats: λ follows the losses so that the weights stay that far from uniform."""
+    gamma: float = 0.9
+    """γ, the weight of the new batch in the running risk."""
+    learning_rate: float = 0.1
+    """Learning rate between the warm-up and the first decay."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 2e-4
+    """Weight decay."""
+    seed: int = 0
+    """Seed of the training: initial parameters, order, augmentation."""
+    subset_seed: int = 0
+    """Seed of the subset (and the validation split)."""
+    data_dir: Path = Path("data")
+    """Folder that holds the unpacked official archives, or is to hold them."""
+    out: Path | None = None
+    """Folder of checkpoints, metrics and result. By default runs/ and a name made of the settings."""
+
+    def __post_init__(self):
+        needs = {
+            "--depth must be 6n + 2: 8, 20, 32, 44, 56 or 110": self.depth >= 8 and self.depth % 6 == 2,
+            "--width must be at least 1": self.width >= 1,
+            "--epochs must be at least 1": self.epochs >= 1,
+            "--batch-size must be at least 1": self.batch_size >= 1,
+            "--eval-every must be at least 1": self.eval_every >= 1,
+            "--n-max must be at least 1": self.n_max is None or self.n_max >= 1,
+            "--test-per-class must be at least 1": self.test_per_class is None or self.test_per_class >= 1,
+            "--ratio must be at least 1": 1 <= self.ratio < math.inf,
+            "--validation must be at least 0 and less than 1": 0 <= self.validation < 1,
+            "--temperature must be a number other than 0": self.temperature != 0 and not math.isnan(self.temperature),
+            "--gamma must be above 0 and at most 1": 0 < self.gamma <= 1,
+            "--kl-radius finds its own λ: leave out --temperature": self.kl_radius is None or self.method == "kl-radius",
+        }
+        if self.kl_radius is not None:
+            limit = math.log(self.batch_size)
+            needs[f"--kl-radius must be above 0 and below log(batch size) = {limit:.3g}"] = 0 < self.kl_radius < limit
+        for message, fulfilled in needs.items():
+            if not fulfilled:
+                raise UserError(message + ".")
+
+    @property
+    def method(self) -> str:
+        if math.isfinite(self.temperature):
+            return "absgd"
+        return "sgd" if self.kl_radius is None else "kl-radius"
+
+    @property
+    def classes(self) -> int:
+        return 10 if self.dataset == "cifar10" else 100
+
+    @property
+    def second_stage(self) -> int:
+        """The first epoch of the second stage: λ, class weights, and the learning rate's first decay."""
+        return math.ceil(0.8 * self.epochs)
+
+    @property
+    def second_decay(self) -> int:
+        return math.ceil(0.9 * self.epochs)
+
+    @property
+    def warmup(self) -> int:
+        """Epochs over which the learning rate rises: 5, but never more than a quarter of them."""
+        return min(5, self.epochs // 4)
+
+    @property
+    def folder(self) -> Path:
+        strength = {"sgd": "", "absgd": f"{self.temperature:g}", "kl-radius": f"{self.kl_radius}"}[self.method]
+        data = f"{self.dataset}-{self.imbalance}{self.ratio:g}"
+        return self.out or Path("runs") / f"{data}-{self.preset}-{self.loss}-{self.method}{strength}-seed{self.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run this run and no other, as JSON knows it: everything but where its files lie."""
+        fields = dataclasses.asdict(self)
+        del fields["data_dir"], fields["out"]
+        return {name: jsonable(value) for name, value in fields.items()}
+
+
+def jsonable(value: Any) -> Any:
+    """JSON has no infinity: it becomes the string that ``float`` and the command line understand."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,92 @@
+"""ResNets for CIFAR (He et al. 2016, section 4.2) in Flax NNX: depth 6n + 2, three stages of w, 2w and 4w channels."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from examples.cifar_lt.conv import conv3x3
+
+_he = nnx.initializers.he_normal()
+
+
+def shortcut(x: jax.Array, stride: int, channels: int) -> jax.Array:
+    """Option A: the identity, subsampled and padded with channels of zeros on both sides. It has no parameters."""
+    before = (channels - x.shape[-1]) // 2
+    after = channels - x.shape[-1] - before
+    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (before, after)))
+
+
+class ConvNorm(nnx.Module):
+    """A 3x3 convolution without bias, and batch normalisation."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1, *, rngs: nnx.Rngs):
+        self.stride = stride
+        self.kernel = nnx.Param(_he(rngs.params(), (3, 3, channels_in, channels)))
+        self.norm = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return self.norm(conv3x3(x, self.kernel[...], self.stride), use_running_average=not train)
+
+
+class Block(nnx.Module):
+    """Two convolutions and the shortcut around them."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, *, rngs: nnx.Rngs):
+        self.stride, self.channels = stride, channels
+        self.first = ConvNorm(channels_in, channels, stride, rngs=rngs)
+        self.second = ConvNorm(channels, channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = self.second(nnx.relu(self.first(x, train=train)), train=train)
+        return nnx.relu(y + shortcut(x, self.stride, self.channels))
+
+
+class CosineClassifier(nnx.Module):
+    """The cosines between the features and a direction for each class, which is what LDAM's margins are made for."""
+
+    def __init__(self, features: int, classes: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.normal()(rngs.params(), (features, classes)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _unit(x, axis=1) @ _unit(self.kernel[...], axis=0)
+
+
+def _unit(x: jax.Array, axis: int) -> jax.Array:
+    # After the last ReLU all features may be 0, where the norm itself has no gradient.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis, keepdims=True), 1e-12))
+
+
+class ResNet(nnx.Module):
+    """A CIFAR ResNet.
+
+    Args:
+      depth: 6n + 2: 8, 20, 32, 44, 56, 110.
+      classes: number of classes.
+      width: channels of the first stage; the published networks have 16.
+      cosine: whether the classifier is normalised, without bias (for LDAM).
+      rngs: the source of the initial parameters.
+    """
+
+    def __init__(self, depth: int, classes: int, *, width: int = 16, cosine: bool = False, rngs: nnx.Rngs):
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth={depth}: a CIFAR ResNet has depth 6n + 2, such as 8, 20, 32, 44, 56 or 110.")
+        self.stem = ConvNorm(3, width, rngs=rngs)
+        self.blocks = nnx.List()
+        channels_in = width
+        for stage, channels in enumerate((width, 2 * width, 4 * width)):
+            for i in range(blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                self.blocks.append(Block(channels_in, channels, stride, rngs=rngs))
+                channels_in = channels
+        if cosine:
+            self.classifier = CosineClassifier(channels_in, classes, rngs=rngs)
+        else:
+            self.classifier = nnx.Linear(channels_in, classes, kernel_init=_he, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits (or cosines), shape (N, classes), of normalised images, shape (N, 32, 32, 3)."""
+        x = nnx.relu(self.stem(x, train=train))
+        for block in self.blocks:
+            x = block(x, train=train)
+        return self.classifier(jnp.mean(x, axis=(1, 2)))

@@ -1,0 +1,44 @@
+"""Loads pickles of NumPy arrays and plain containers, and nothing else: a pickle can otherwise run any code."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy._core.multiarray import _reconstruct
+
+
+def _dtype(name: str, *_: Any) -> np.dtype:
+    # The flags that Python 2 wrote (align=0, copy=1) are not the booleans that NumPy now wants.
+    return np.dtype(name)
+
+
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): _dtype,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an archive of images does not need") from None
+
+
+def load(path: Path) -> Any:
+    """What the pickle at ``path`` holds; byte strings of Python 2 are read as Latin-1, as NumPy arrays need it.
+
+    Raises:
+      pickle.UnpicklingError: if it asks for anything but NumPy arrays and plain containers, or is damaged.
+    """
+    with path.open("rb") as file:
+        try:
+            return _Unpickler(file, encoding="latin1").load()
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
