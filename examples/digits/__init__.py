@@ -1,0 +1,1 @@
+"""SGD against ABSGD on scikit-learn's digits: `make demo`."""

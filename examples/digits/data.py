@@ -1,0 +1,41 @@
+"""scikit-learn's handwritten digits, made long-tailed or given wrong labels."""
+
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+CLASSES = 10
+
+
+class Split(NamedTuple):
+    """Images as vectors, and their classes."""
+
+    x: np.ndarray  # shape=(N, 64), dtype=float32, in [0, 1]
+    y: np.ndarray  # shape=(N,), dtype=int
+
+
+def load() -> tuple[Split, Split, Split]:
+    """Training, validation and test split: 60, 20 and 20 % of every class, the same in every run."""
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
+    validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)
+    train, validation, test = (Split(x[i], y[i]) for i in (train, validation, test))
+    return train, validation, test
+
+
+def long_tail(split: Split, rng: np.random.Generator, *, n_max: int = 100, ratio: float = 100.0) -> Split:
+    """A random subset with n_max ρ^(-i/(C-1)) examples of class i."""
+    counts = [round(n_max * ratio ** (-i / (CLASSES - 1))) for i in range(CLASSES)]
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(split.y == i))[:n] for i, n in enumerate(counts)])
+    return Split(split.x[chosen], split.y[chosen])
+
+
+def wrong_labels(split: Split, rng: np.random.Generator, *, rate: float = 0.4) -> Split:
+    """The same images, a fraction ``rate`` of which has the label of another class."""
+    y = split.y.copy()
+    wrong = rng.permutation(len(y))[: round(rate * len(y))]
+    y[wrong] = (y[wrong] + rng.integers(1, CLASSES, len(wrong))) % CLASSES
+    return Split(split.x, y)
