@@ -1,0 +1,270 @@
+"""Devices and micro-batches give the single-device update: parts are merged, not averaged."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import absgd_jax
+
+DEVICES, BATCH, STEPS = 8, 64, 4
+AUTO = jax.sharding.AxisType.Auto
+MESH = jax.make_mesh((DEVICES,), ("data",), axis_types=(AUTO,))
+GRID = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(AUTO, AUTO))
+rng = np.random.default_rng(0)
+X = np.float32(rng.normal(size=(STEPS, BATCH, 5)))
+Y = np.float32(X @ rng.normal(size=5) + 3 * rng.normal(size=(STEPS, BATCH)))
+WHERE = rng.random((STEPS, BATCH)) < np.linspace(0, 1, BATCH)  # unequal parts, the first ones empty
+WHERE[:, : 2 * BATCH // DEVICES] = False
+
+
+def per_example_loss(w, x, y):
+    return (jnp.tanh(x @ w["a"]) * w["b"] - y) ** 2
+
+
+PARAMS = {"a": jnp.linspace(-1.0, 1.0, 5), "b": jnp.float32(2.0)}
+OPTIMIZERS = {
+    "absgd": absgd_jax.absgd(0.01, 2.0, weight_decay=1e-3),
+    "negative": absgd_jax.absgd(0.01, -2.0),
+    "infinite": absgd_jax.absgd(0.01, float("inf")),
+    "kl_radius": absgd_jax.absgd(0.01, absgd_jax.kl_radius(0.7, init=3.0)),
+    "abadam": absgd_jax.abadam(0.01, 2.0, absgd_jax.adaptive_gamma(-1.0)),
+}
+
+
+def make_step(optimizer, **options):
+    loss_and_grad = absgd_jax.value_and_grad(per_example_loss, with_kl=True, **options)
+
+    def step(params, state, x, y, where):
+        (risk, kl), grads = loss_and_grad(params, x, y, state=state, where=where)
+        updates, state = optimizer.update(grads, state, params, value=risk, kl=kl)
+        return optax.apply_updates(params, updates), state, (risk, kl)
+
+    return step
+
+
+def train(step, optimizer, masked=True):
+    """Some steps; everything that came out, to be compared."""
+    params, outs = PARAMS, []
+    state = optimizer.init(params)
+    for x, y, where in zip(X, Y, WHERE, strict=True):
+        params, state, out = step(params, state, x, y, where if masked else np.ones_like(where))
+        outs.append(out)
+    return params, state, outs
+
+
+def assert_same(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), actual, expected)
+
+
+def shard_map_step(step, mesh=MESH, axes="data", **options):
+    specs = {"in_specs": (P(), P(), P(axes), P(axes), P(axes)), "out_specs": P()}
+    return jax.jit(jax.shard_map(step, mesh=mesh, **specs, **options))
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def optimizer(request):
+    return OPTIMIZERS[request.param]
+
+
+@pytest.fixture
+def alone(optimizer):
+    return train(jax.jit(make_step(optimizer)), optimizer)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_is_the_single_device_update(optimizer, alone, microbatches, check_vma):
+    step = shard_map_step(make_step(optimizer, axis_name="data", num_microbatches=microbatches), check_vma=check_vma)
+    assert_same(train(step, optimizer), alone)
+
+
+def test_two_mesh_axes_merge_over_both(optimizer, alone):
+    axes = ("rows", "columns")
+    assert_same(train(shard_map_step(make_step(optimizer, axis_name=axes), GRID, axes), optimizer), alone)
+
+
+def test_pmap_is_the_single_device_update(optimizer, alone):
+    step = jax.pmap(make_step(optimizer, axis_name="data"), axis_name="data", in_axes=(None, None, 0, 0, 0))
+
+    def split_step(params, state, *batch):
+        out = step(params, state, *(x.reshape(DEVICES, BATCH // DEVICES, *x.shape[1:]) for x in batch))
+        jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), out)  # replicated
+        return jax.tree.map(lambda x: x[0], out)
+
+    assert_same(train(split_step, optimizer), alone)
+
+
+def test_sharded_arrays_need_nothing(optimizer, alone):
+    step, rows = jax.jit(make_step(optimizer)), NamedSharding(MESH, P("data"))
+    sharded = lambda params, state, *batch: step(params, state, *jax.device_put(batch, rows))  # noqa: E731
+    assert_same(train(sharded, optimizer), alone)
+
+
+@pytest.mark.parametrize("microbatches", [2, 8, 64])
+def test_every_split_into_micro_batches_is_the_full_batch(optimizer, alone, microbatches):
+    assert_same(train(jax.jit(make_step(optimizer, num_microbatches=microbatches)), optimizer), alone)
+
+
+def test_micro_batches_of_a_sharded_batch(optimizer, alone):
+    step = jax.jit(make_step(optimizer, num_microbatches=4))
+    rows = NamedSharding(MESH, P("data"))
+    sharded = lambda params, state, *batch: step(params, state, *jax.device_put(batch, rows))  # noqa: E731
+    assert_same(train(sharded, optimizer), alone)
+
+
+def test_weights_over_devices_and_micro_batches():
+    weights = np.float32(rng.exponential(size=BATCH))
+    plain = absgd_jax.value_and_grad(per_example_loss)(PARAMS, X[0], Y[0], temperature=1.5, weights=weights)
+    split = absgd_jax.value_and_grad(per_example_loss, axis_name="data", num_microbatches=2)
+    over_devices = jax.shard_map(
+        lambda w, x, y, v: split(w, x, y, temperature=1.5, weights=v),
+        mesh=MESH, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P(),
+    )  # fmt: skip
+    assert_same(jax.jit(over_devices)(PARAMS, X[0], Y[0], weights), plain)
+
+
+def test_merge_risks_over_an_axis_is_the_merge_of_the_array():
+    risks, weights = np.float32(rng.exponential(size=DEVICES)), np.float32(rng.exponential(size=DEVICES))
+    weights[2] = 0
+
+    def merge(risk, weight):
+        risk, share = absgd_jax.merge_risks(risk[0], 0.5, weights=weight[0], axis_name="data")
+        return risk, share[None]
+
+    mapped = jax.shard_map(merge, mesh=MESH, in_specs=P("data"), out_specs=(P(), P("data")))
+    assert_same(jax.jit(mapped)(risks, weights), absgd_jax.merge_risks(risks, 0.5, weights=weights))
+
+
+@pytest.mark.parametrize("temperature", [0.7, float("inf"), absgd_jax.kl_radius(0.7)])
+def test_the_loss_door_over_an_axis(temperature):
+    weighting = absgd_jax.weight_by_absgd(temperature)
+    losses, state = np.float32(rng.exponential(size=BATCH)), weighting.init()
+    update = lambda x, s, w: weighting.update(x, s, where=w, axis_name="data")  # noqa: E731
+    specs = {"in_specs": (P("data"), P(), P("data")), "out_specs": (P("data"), P())}
+    mapped = jax.jit(jax.shard_map(update, mesh=MESH, **specs))
+    assert_same(mapped(losses, state, WHERE[0]), weighting.update(losses, state, where=WHERE[0]))
+
+
+def test_the_loss_door_counts_the_global_batch_against_the_radius():
+    weighting = absgd_jax.weight_by_absgd(absgd_jax.kl_radius(3.0))
+    update = lambda x, s: weighting.update(x, s, axis_name="data")[0]  # noqa: E731
+    mapped = jax.shard_map(update, mesh=MESH, in_specs=(P("data"), P()), out_specs=P("data"))
+    jax.eval_shape(mapped, jnp.ones(64), weighting.init())  # log 64 > 3
+    with pytest.raises(ValueError, match=r"log\(16\)"):
+        jax.eval_shape(mapped, jnp.ones(16), weighting.init())
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr in order, those of inner ones in place."""
+    for equation in jaxpr.eqns:
+        inner = [
+            v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ]
+        if inner:
+            for sub in inner:
+                yield from equations(sub if hasattr(sub, "eqns") else sub.jaxpr)
+        else:
+            yield equation.primitive.name, equation
+
+
+def test_devices_meet_twice_and_only_after_the_backward_pass():
+    optimizer = OPTIMIZERS["absgd"]
+    step = shard_map_step(make_step(optimizer, axis_name="data"))
+    arguments = (PARAMS, optimizer.init(PARAMS), X[0], Y[0], WHERE[0])
+    names = [name for name, _ in equations(jax.make_jaxpr(step)(*arguments).jaxpr)]
+    collectives = [i for i, name in enumerate(names) if name.startswith(("psum", "pmax", "all_gather"))]
+    backward = [i for i, name in enumerate(names) if name in ("dot_general", "tanh")]
+    assert backward
+    assert min(collectives) > max(backward)
+    compiled = step.lower(*arguments).compile().as_text()
+    assert (
+        compiled.count(" all-reduce(") + compiled.count(" all-reduce-start(") <= 3
+    )  # numbers, and one a parameter at most
+    assert "all-gather" not in compiled
+
+
+def test_memory_falls_with_the_micro_batch():
+    def wide(w, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w.T) ** 2, axis=-1)
+
+    w, x = jnp.ones((32, 512)), jnp.ones((1024, 32))
+    sizes = []
+    for k in (1, 4, 16):
+        f = partial(absgd_jax.value_and_grad(wide, num_microbatches=k), temperature=1.0)
+        sizes.append(jax.jit(f).lower(w, x).compile().memory_analysis().temp_size_in_bytes)
+    assert sizes[0] > 2.5 * sizes[1] > 4 * sizes[2]
+
+
+def test_sharded_parameters_stay_sharded():
+    sharding = NamedSharding(MESH, P("data"))
+    optimizer = OPTIMIZERS["absgd"]
+    params = jax.device_put({"a": jnp.ones(16)}, sharding)
+    state = jax.jit(optimizer.init)(params)
+    updates, new = jax.jit(optimizer.update)(params, state, params, value=jnp.float32(1.0))
+    assert updates["a"].sharding.is_equivalent_to(sharding, 1)
+    assert all(leaf.sharding.is_fully_replicated for leaf in new[0])
+
+
+def test_aux_comes_back_whole_and_in_order():
+    def with_aux(w, x, y):
+        losses = per_example_loss(w, x, y)
+        return losses, {"losses": losses, "x": x}
+
+    f = absgd_jax.value_and_grad(with_aux, has_aux=True, num_microbatches=4)
+    (_, aux), _ = jax.jit(f)(PARAMS, X[0], Y[0], temperature=1.0)
+    np.testing.assert_array_equal(aux["x"], X[0])
+    np.testing.assert_allclose(aux["losses"], per_example_loss(PARAMS, X[0], Y[0]), rtol=1e-6)
+
+
+def test_gradients_of_half_precision_parameters_are_accumulated_in_float32():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    f = absgd_jax.value_and_grad(per_example_loss, num_microbatches=64)
+    _, grads = jax.jit(f)(params, X[0], Y[0], temperature=float("inf"))
+    _, whole = jax.jit(absgd_jax.value_and_grad(per_example_loss))(params, X[0], Y[0], temperature=float("inf"))
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0.05, atol=0.02), grads, whole
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "error", "message"),
+    [
+        (
+            {"num_microbatches": 3},
+            lambda f: f(PARAMS, X[0], Y[0], temperature=1.0),
+            ValueError,
+            "3 does not divide.* 64",
+        ),
+        (
+            {"num_microbatches": 2},
+            lambda f: f(PARAMS, X[0], Y[0][:32], temperature=1.0),
+            ValueError,
+            "first axes 32, 64",
+        ),
+        ({"num_microbatches": 2}, lambda f: f(PARAMS, X[0], 1.0, temperature=1.0), ValueError, "none"),
+        ({}, lambda f: f(PARAMS, X[0], Y[0]), TypeError, "temperature=λ"),
+        (
+            {},
+            lambda f: f(PARAMS, X[0], Y[0], state=optax.sgd(0.1).init(PARAMS)),
+            ValueError,
+            "Found 0 .* temperature=λ",
+        ),
+    ],
+)
+def test_bad_calls_are_refused(options, call, error, message):
+    with pytest.raises(error, match=message):
+        call(absgd_jax.value_and_grad(per_example_loss, **options))
+
+
+def test_reduced_losses_and_aux_without_examples_are_refused():
+    with pytest.raises(ValueError, match="leave out the mean"):
+        absgd_jax.value_and_grad(lambda w, x: jnp.mean(x @ w["a"]))(PARAMS, X[0], temperature=1.0)
+    f = absgd_jax.value_and_grad(lambda w, x: (x @ w["a"], w["b"]), has_aux=True, num_microbatches=2)
+    with pytest.raises(ValueError, match=r"aux has a leaf of shape \(\)"):
+        f(PARAMS, X[0], temperature=1.0)

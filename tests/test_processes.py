@@ -1,0 +1,39 @@
+"""Two real processes, each with half of the batch, train as one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+WORKER = Path(__file__).with_name("process_worker.py")
+
+
+def launch(rank, count, port):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    arguments = [sys.executable, str(WORKER), str(rank), str(count), str(port)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True, cwd=WORKER.parents[1])
+
+
+def results(processes):
+    try:
+        return [json.loads(p.communicate(timeout=180)[0].splitlines()[-1]) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+def test_two_processes_give_the_parameters_of_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = results([launch(rank, 2, port) for rank in range(2)])
+    (alone,) = results([launch(0, 1, port)])
+    assert alone["processes"] == 1
+    for one in pair:
+        assert one["processes"] == 2
+        for form in ("shard_map", "sharded arrays"):
+            np.testing.assert_allclose(one[form], alone["shard_map"], rtol=1e-6, err_msg=form)
