@@ -79,7 +79,8 @@ class Config:
             "--validation must be at least 0 and less than 1": 0 <= self.validation < 1,
             "--temperature must be a number other than 0": self.temperature != 0 and not math.isnan(self.temperature),
             "--gamma must be above 0 and at most 1": 0 < self.gamma <= 1,
-            "--kl-radius finds its own λ: leave out --temperature": self.kl_radius is None or self.method == "kl-radius",
+            "--kl-radius finds its own λ: leave out --temperature": self.kl_radius is None
+            or self.method == "kl-radius",
         }
         if self.kl_radius is not None:
             limit = math.log(self.batch_size)

@@ -128,7 +128,9 @@ def read(path: Path, archive: Archive, size: int) -> Split:
     remedy = f"Delete {path.parent} and start again to download {archive.url}, or unpack that archive again."
     if not path.is_file():
         raise UserError(f"{path} is missing: {archive.name} holds a file of this name. {remedy}")
-    split = _read_binary(path, archive, size, remedy) if archive.label_bytes else _read_python(path, archive, size, remedy)
+    split = (
+        _read_binary(path, archive, size, remedy) if archive.label_bytes else _read_python(path, archive, size, remedy)
+    )
     if split.labels.min() < 0 or split.labels.max() >= archive.classes:
         raise UserError(f"{path} has classes outside 0 to {archive.classes - 1}: it is damaged. {remedy}")
     return split

@@ -44,7 +44,9 @@ def subset(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     for c, count in enumerate(counts):
         members = np.flatnonzero(labels == c)
         if count > len(members):
-            raise UserError(f"{count} images of class {c} are asked for, but there are only {len(members)}: lower --n-max.")
+            raise UserError(
+                f"{count} images of class {c} are asked for, but there are only {len(members)}: lower --n-max."
+            )
         chosen.append(rng.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
 

@@ -26,7 +26,9 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _ADMITTED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an archive of images does not need") from None
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which an archive of images does not need"
+            ) from None
 
 
 def load(path: Path) -> Any:

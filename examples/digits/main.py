@@ -39,16 +39,14 @@ class Options:
 def main(options: Options, settings=SETTINGS, rates=RATES) -> None:
     """Runs the settings one after another and writes what they gave."""
     console, began, seeds = Console(), time.perf_counter(), list(range(options.seeds))
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = {}
     with Progress(*columns, console=console) as progress:
-        total = sum(len(s.methods) + bool(s.first_passes) for s in settings)
-        task = progress.add_task("", total=total)
-        done = iter(range(total))
-        results = {
-            s.name: run(s, seeds, rates, lambda text: progress.update(task, completed=next(done), description=text))
-            for s in settings
-        }
-        progress.update(task, completed=total, description="done")
+        task = progress.add_task("", total=len(settings))
+        for setting in settings:
+            progress.update(task, description=setting.title)
+            results[setting.name] = run(setting, seeds, rates)
+            progress.advance(task)
     result = {
         "command": "python -m examples.digits.main",
         "seconds": round(time.perf_counter() - began, 1),

@@ -1,24 +1,31 @@
-"""The table and the figure, drawn from the JSON alone."""
+"""The table and the figure, drawn from the JSON alone. As a command: those of the committed results."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 from rich.table import Table
 
+from examples.readme import fill
+
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 COLOURS = {"SGD": "#666666", "ABSGD λ": "#0072B2", "ABSGD KL radius": "#D55E00"}  # told apart by colour-blind eyes too
 
 
 def table(result: dict[str, Any]) -> Table:
     """Accuracy on the test split, mean ± standard deviation over the seeds, and the gain over SGD seed by seed."""
-    shown = Table(title=f"Test accuracy in %, {len(result['seeds'])} seeds, last pass", title_justify="left")
+    shown = Table(
+        title_style="bold",
+        title=f"Test accuracy in %, last pass, {len(result['seeds'])} seeds; gain over SGD seed by seed",
+        title_justify="left",
+    )
     for column in ("setting", "method", "rate", "λ or ρ"):
-        shown.add_column(column)
-    for column in ("all classes", "0-4 (head)", "5-9 (tail)", "gain over SGD"):
-        shown.add_column(column, justify="right")
+        shown.add_column(column, no_wrap=True)
+    for column in ("all", "head 0-4", "tail 5-9", "gain"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for setting in result["settings"].values():
         for i, (name, m) in enumerate(setting["methods"].items()):
             cells = [setting["title"] if i == 0 else "", name, f"{m['learning_rate']:g}", str(m["value"])]
@@ -40,34 +47,41 @@ def figure(result: dict[str, Any], path: Path) -> None:
     """One column a setting: accuracy while training, accuracy by class, weight of the watched examples."""
     settings = list(result["settings"].values())
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(3, len(settings), figsize=(10.5, 7.6), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(3, len(settings), figsize=(3.4 * len(settings), 7.4), layout="constrained", squeeze=False)
     for (top, middle, bottom), setting in zip(axes.T, settings, strict=True):
-        total = setting["first_passes"] + setting["passes"]
-        for offset, (name, m) in enumerate(setting["methods"].items()):
-            colour, passes = COLOURS[name], range(1, total + 1)
-            top.plot(passes, m["accuracy_by_pass"], color=colour, lw=2, label=f"{name}  {m['accuracy'][0]:.1f} %")
-            width = 0.8 / len(setting["methods"])
-            places = [i + (offset + 0.5) * width - 0.4 for i in range(len(m["per_class"]))]
+        first, records = setting["first_passes"], setting["passes"] * setting["records_per_pass"]
+        passes = [*range(1, first + 1), *(first + (i + 1) / setting["records_per_pass"] for i in range(records))]
+        width = 0.8 / len(setting["methods"])
+        for i, (name, m) in enumerate(setting["methods"].items()):
+            colour, style = COLOURS[name], {"lw": 2, "ls": "--" if name == "SGD" else "-"}
+            label = f"{name}  {m['accuracy'][0]:.1f} ± {m['accuracy'][1]:.1f} %"
+            top.plot(passes, m["accuracy_by_record"], color=colour, label=label, zorder=3 - i, **style)
+            places = [c + (i + 0.5) * width - 0.4 for c in range(len(m["per_class"]))]
             middle.bar(places, m["per_class"], width, color=colour)
-            bottom.plot(passes, m["weight_by_pass"], color=colour, lw=2)
+            bottom.plot(passes, m["weight_by_record"], color=colour, zorder=3 - i, **style)
         for axis in (top, bottom):
-            if setting["first_passes"]:
-                axis.axvline(setting["first_passes"] + 0.5, color="black", lw=0.8, ls=":")
+            if first:
+                axis.axvline(first + 0.5, color="black", lw=0.8, ls=":")
             axis.set_xlabel("passes over the data")
-            axis.set_xlim(1, total)
+            axis.set_xlim(0 if setting["records_per_pass"] > 1 else 1, passes[-1])
         top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
-        top.legend(frameon=False, loc="lower right", handlelength=1.2)
-        low = min(min(m["accuracy_by_pass"][1:]) for m in setting["methods"].values())
-        top.set_ylim(max(0, low - 12), 100)
-        rarity = "class (frequent to rare)" if setting["watched"] == "rare classes" else "class"
-        middle.set_xlabel(rarity)
+        top.set_ylim(0, 100)
+        top.legend(frameon=False, loc="lower right", handlelength=1.6, fontsize=8)
+        middle.set_xlabel("class, from frequent to rare" if setting["watched"] == "rare classes" else "class")
         middle.set_xticks(range(len(m["per_class"])))
         middle.set_ylim(0, 100)
         bottom.set_yscale("log")
         bottom.axhline(1, color="black", lw=0.8, ls=":")
-        bottom.set_title(f"weight of {setting['watched']}, relative to the others", fontsize=9, loc="left")
+        bottom.set_title(f"{setting['watched']}: weight relative to the rest", fontsize=9, loc="left")
     axes[0, 0].set_ylabel("test accuracy in %")
     axes[1, 0].set_ylabel("test accuracy in %")
     axes[2, 0].set_ylabel("relative weight")
-    fig.savefig(path, dpi=120)
+    fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    committed = json.loads((here / "results" / "digits.json").read_text())
+    figure(committed, here / "results" / "digits.png")
+    fill(here / "README.md", markdown(committed))

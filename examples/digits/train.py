@@ -1,6 +1,8 @@
 """Training as one compiled program, vmapped over seeds, learning rates and temperatures."""
 
-from typing import Any, NamedTuple
+import math
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,10 @@ class Data(NamedTuple):
 
 
 class History(NamedTuple):
-    """What is recorded after every pass."""
+    """What is recorded after every pass, or more often."""
 
     accuracy: jax.Array  # of every class, on the evaluation split
-    sample_size: jax.Array  # effective fraction of a batch, mean over the pass
+    sample_size: jax.Array  # effective fraction of a batch, mean since the last record
     weight: jax.Array  # mean weight of a special example over that of the others
 
 
@@ -36,10 +38,11 @@ loss_and_grad = absgd_jax.value_and_grad(
 )
 
 
-def train(carry, data, evaluation, key, *, learning_rate, temperature, batch_size, passes):
-    """Continues from ``carry`` = (params, optimizer state) for some passes; also returns the History of each."""
+def train(carry, data, evaluation, key, *, learning_rate, temperature, batch_size, passes, records_per_pass=1):
+    """Continues from ``carry`` = (params, optimizer state) for some passes; also returns the History."""
     optimizer = absgd_jax.absgd(learning_rate, temperature)
-    steps = len(data.y) // batch_size
+    chunk = len(data.y) // batch_size // records_per_pass  # steps between two records
+    shape = (records_per_pass, chunk, batch_size)
 
     def step(carry, batch):
         params, state = carry
@@ -52,8 +55,7 @@ def train(carry, data, evaluation, key, *, learning_rate, temperature, batch_siz
         seen = jnp.stack([weights @ special, weights @ (1 - special), special.sum(), (1 - special).sum()])
         return (optax.apply_updates(params, updates), state), (fraction, seen)
 
-    def one_pass(carry, key):
-        order = jax.random.permutation(key, len(data.y))[: steps * batch_size].reshape(steps, batch_size)
+    def record(carry, order):
         carry, (fraction, seen) = jax.lax.scan(step, carry, jax.tree.map(lambda a: a[order], data))
         special, others, n_special, n_others = seen.sum(0)
         right = models.logits(carry[0], evaluation.x).argmax(-1) == evaluation.y
@@ -61,7 +63,11 @@ def train(carry, data, evaluation, key, *, learning_rate, temperature, batch_siz
         weight = (special / jnp.maximum(n_special, 1)) / (others / jnp.maximum(n_others, 1))
         return carry, History(100 * (right @ classes) / classes.sum(0), fraction.mean(), weight)
 
-    return jax.lax.scan(one_pass, carry, jax.random.split(key, passes))
+    def order_of(key):
+        return jax.random.permutation(key, len(data.y))[: math.prod(shape)].reshape(shape)
+
+    orders = jax.vmap(order_of)(jax.random.split(key, passes))
+    return jax.lax.scan(record, carry, orders.reshape(-1, *shape[1:]))
 
 
 def start(seed, sizes):
@@ -71,31 +77,37 @@ def start(seed, sizes):
     return (params, absgd_jax.absgd(0.0, jnp.inf).init(params)), later
 
 
-def make_run(setting, evaluation, rule, *, grid: bool):
-    """Compiles a function of (seeds, data, first rate, rate, value), the data stacked over the seeds.
+def make_run(setting, evaluation, rule):
+    """Compiles a function of (seeds, data, rates, values) whose History has the axes (choice, seed, record).
 
-    ``rule`` makes a temperature of ``value``. With ``grid`` every rate meets every value: axes (rate, value, seed, pass).
+    A choice is a learning rate with a value, of which ``rule`` makes a temperature. All choices and seeds are trained
+    together. The first stage, where there is one, is the same for all choices.
     """
 
-    def one(seed, data, first_rate, rate, value) -> Any:
+    def one(seed, data, rate, value):
         carry, key = start(seed, setting.sizes)
+        stage = partial(train, data=data, evaluation=evaluation, batch_size=setting.batch_size)
         first, second = jax.random.split(key)
+        history = []
         if setting.first_passes:
-            carry, before = train(
-                carry, data, evaluation, first,
-                learning_rate=first_rate, temperature=jnp.inf, batch_size=setting.batch_size, passes=setting.first_passes,
-            )  # fmt: skip
-        else:
-            # kl_radius takes over from the state of λ = ∞ that start() made, as it does in the second of two stages.
-            before = None
-        _, after = train(
-            carry, data, evaluation, second,
-            learning_rate=rate, temperature=rule(value), batch_size=setting.batch_size, passes=setting.passes,
-        )  # fmt: skip
-        return after if before is None else jax.tree.map(lambda *h: jnp.concatenate(h), before, after)
+            carry, before = stage(
+                carry,
+                key=first,
+                learning_rate=setting.first_learning_rate,
+                temperature=jnp.inf,
+                passes=setting.first_passes,
+            )
+            history.append(before)
+        # kl_radius takes over from a state at λ = ∞ and starts by itself.
+        _, after = stage(
+            carry,
+            key=second,
+            learning_rate=rate,
+            temperature=rule(value),
+            passes=setting.passes,
+            records_per_pass=setting.records_per_pass,
+        )
+        return jax.tree.map(lambda *h: jnp.concatenate(h), *history, after)
 
-    run = jax.vmap(one, (0, 0, None, None, None))
-    if grid:
-        run = jax.vmap(run, (None, None, None, None, 0))
-        run = jax.vmap(run, (None, None, None, 0, None))
-    return jax.jit(run)
+    seeds_together = jax.vmap(one, (0, 0, None, None))
+    return jax.jit(jax.vmap(seeds_together, (None, None, 0, 0)))
