@@ -1,52 +1,48 @@
-"""Trains a CIFAR ResNet on an imbalanced subset with SGD or ABSGD.
+"""Trains a CIFAR ResNet on an imbalanced subset: SGD, ABSGD, or ABSGD in a KL ball.
 
-python -m examples.cifar_lt.main --preset mini --loss ce --temperature 1.0 --seed 0
+python -m examples.cifar_lt.main --preset smoke --data-dir data
+python -m examples.cifar_lt.main --dataset cifar10 --imbalance lt --ratio 100 --loss ce --temperature 1.0 --preset mini
+
+The same command continues a run that was stopped.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
 import tyro
 from rich.console import Console
 
-from examples.cifar_lt.config import Config
+from examples.cifar_lt.config import PRESETS, Config
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.errors import UserError
 from examples.cifar_lt.run import run
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """The settings: those of ``--preset`` (mini where none is named), and what the command line says otherwise."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--preset", nargs="?", default="mini")
-    name = finder.parse_known_args(argv)[0].preset
-    # An unknown name is reported by tyro, which knows them all.
-    return tyro.cli(
-        Config, args=argv, default=CONFIGS.get(name, CONFIGS["mini"]), prog="python -m examples.cifar_lt.main"
-    )
+def parse(arguments: Sequence[str]) -> Config:
+    """The preset gives the defaults, the other options change them."""
+    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    presets.add_argument("--preset", choices=PRESETS, default="mini")
+    preset = presets.parse_known_args(arguments)[0].preset
+    return tyro.cli(Config, default=CONFIGS[preset], args=list(arguments))
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs; returns the exit code: 0, 1 where the run fails, 2 where the command line is at fault."""
-    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 0, 1 for what went wrong on the way, 2 for a wrong command line."""
     try:
-        config = parse(argv)
+        config = parse(arguments)
     except UserError as error:
-        errors.print(f"Error: {error}")
+        print(error, file=sys.stderr)
         return 2
+    console = Console()
     try:
-        result = run(config, " ".join(["python -m examples.cifar_lt.main", *argv]))
-    except UserError as error:
-        errors.print(f"Error: {error}")
+        result = run(config, f"python -m examples.cifar_lt.main {shlex.join(arguments)}", console)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        errors.print("Stopped. The same command goes on from the last whole epoch.")
-        return 1
-    print(
-        f"top-1 {result['top1']:.2f}% (head {result['head']:.2f}%, tail {result['tail']:.2f}%) after "
-        f"{result['epochs']} epochs in {result['seconds']:.0f} s; see {config.folder}"
-    )
+    accuracy = f"test {result['top1']} %" if result["val_top1"] is None else f"validation {result['val_top1']} %"
+    console.print(f"{config.method}: {accuracy}, head {result['head']} %, tail {result['tail']} %; in {config.folder}")
     return 0
 
 

@@ -1,120 +1,105 @@
-"""One run from the data to the result, which may be killed at any moment and started again."""
+"""A run from its settings to its result: epochs, evaluations, checkpoints, metrics, a progress bar."""
 
 import json
+import platform
 import time
+from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from examples.cifar_lt import data, imbalance
-from examples.cifar_lt.checkpoint import Checkpoints
+from examples.cifar_lt import checkpoint
 from examples.cifar_lt.config import Config, jsonable
-from examples.cifar_lt.progress import make_progress
-from examples.cifar_lt.record import Line, MetricsLog, accuracies, make_result, write_whole
+from examples.cifar_lt.imbalance import groups
 from examples.cifar_lt.schedule import steps_per_epoch, temperature_rules
-from examples.cifar_lt.train import Data, Functions, make_functions
+from examples.cifar_lt.subsets import training_and_held_out
+from examples.cifar_lt.train import Data, make_functions
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(bar_width=20),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[shown]}"),
+)
 
 
-class Compiled:
-    """Compiles a function once for each structure of its arguments and keeps the time apart."""
+def run(config: Config, command: str, console: Console) -> dict[str, Any]:
+    """Trains to the end, from the last checkpoint where there is one, and returns (and writes) the result."""
+    folder = config.folder
+    checkpoint.claim(folder, config.identity())
+    done = folder / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
 
-    def __init__(self, function: Any, **options: Any):
-        self._jitted = jax.jit(function, **options)
-        self._programs: dict[Any, Any] = {}
-        self.seconds = 0.0
-
-    def __call__(self, *args: Any) -> Any:
-        kind = jax.tree.structure(args)
-        if kind not in self._programs:
-            start = time.perf_counter()
-            self._programs[kind] = self._jitted.lower(*args).compile()
-            self.seconds += time.perf_counter() - start
-        # A compiled program refuses arguments of other shapes: nothing can recompile unnoticed.
-        return self._programs[kind](*args)
-
-
-class Evaluation:
-    """Evaluates states on one split."""
-
-    def __init__(self, functions: Functions, split: data.Split):
-        self._labels = split.labels
-        self._data = Data(*jax.device_put(tuple(split)))
-        self.program = Compiled(functions.evaluate)
-
-    def __call__(self, state: Any) -> tuple[float, list[float]]:
-        return accuracies(np.asarray(self.program(state, self._data)), self._labels)
-
-
-def make_splits(config: Config) -> tuple[data.Split, data.Split | None, data.Split, np.ndarray]:
-    """The training, validation (if any) and test split, and the training images of each class."""
-    train, test = data.load(config.dataset, config.data_dir)
-    validation = None
-    if config.validation:
-        held_out = np.floor(config.validation * np.bincount(train.labels)).astype(int)
-        chosen = imbalance.subset(train.labels, held_out, config.subset_seed)
-        validation = take(train, chosen)
-        train = take(train, np.setdiff1d(np.arange(len(train.labels)), chosen))
-    n_max = config.n_max or int(np.bincount(train.labels).min())
-    counts = imbalance.class_counts(config.imbalance, config.ratio, config.classes, n_max)
-    train = take(train, imbalance.subset(train.labels, counts, config.subset_seed))
-    if config.test_per_class:
-        few = np.full(config.classes, config.test_per_class)
-        test = take(test, imbalance.subset(test.labels, few, config.subset_seed))
-    return train, validation, test, counts
-
-
-def take(split: data.Split, indices: np.ndarray) -> data.Split:
-    return data.Split(split.images[indices], split.labels[indices])
-
-
-def run(config: Config, command: str) -> dict[str, Any]:
-    """Trains from the newest checkpoint, if there is one, to the end, and returns the result.
-
-    Raises:
-      UserError: for anything that the user can mend.
-    """
-    train, validation, test, counts = make_splits(config)
+    train, held_out, counts = training_and_held_out(config)
     functions = make_functions(config, counts)
-    stages = temperature_rules(config, steps_per_epoch(config, counts))
-    checkpoints = Checkpoints(config.folder / "checkpoints", config.identity())
-    state = checkpoints.restore(jax.jit(functions.init)(config.seed))
-    done = int(state.epoch)
-    log = MetricsLog(config.folder / "metrics.jsonl", done)
+    train, held_out = (Data(*map(jnp.asarray, split)) for split in (train, held_out))
+    held_out_counts = np.bincount(held_out.labels, minlength=config.classes)
+    rules = [jax.tree.map(jnp.asarray, rule) for rule in temperature_rules(config, steps_per_epoch(config, counts))]
+    compiled, compile_seconds = {}, 0.0
 
-    training = Data(*jax.device_put(tuple(train)))
-    train_epoch = Compiled(functions.train_epoch, donate_argnums=0)
-    evaluate_test = Evaluation(functions, test)
-    evaluate_validation = Evaluation(functions, validation) if validation else None
-    programs = [train_epoch, evaluate_test.program] + ([evaluate_validation.program] if evaluate_validation else [])
+    def call(name, *arguments, **options):
+        """Calls a function, compiled before, so that the time that takes is told apart."""
+        nonlocal compile_seconds
+        key = (name, jax.tree.structure(arguments))
+        if key not in compiled:
+            start = time.perf_counter()
+            compiled[key] = jax.jit(getattr(functions, name), **options).lower(*arguments).compile()
+            compile_seconds += time.perf_counter() - start
+        return compiled[key](*arguments)
 
-    with make_progress() as progress:
-        task = progress.add_task(config.folder.name, total=config.epochs, completed=done, shown="compiling")
-        for epoch in range(done, config.epochs):
-            start, compiled = time.perf_counter(), sum(program.seconds for program in programs)
-            state, metrics = train_epoch(state, training, stages[epoch >= config.second_stage])
-            line: Line = {"epoch": epoch + 1}
+    with checkpoint.open_manager(folder) as manager, Progress(*COLUMNS, console=console) as progress:
+        state = checkpoint.restore(manager, jax.jit(functions.init)(config.seed))
+        first, log = int(state.epoch), folder / "metrics.jsonl"
+        lines = checkpoint.read_metrics(log, first)
+        task = progress.add_task(folder.name, total=config.epochs, completed=first, shown="compiling")
+        for epoch in range(first, config.epochs):
+            rule = rules[epoch >= config.second_stage]
+            call_start, compiled_before = time.perf_counter(), compile_seconds
+            state, metrics = call("train_epoch", state, train, rule, donate_argnums=0)
+            line: dict[str, Any] = {"epoch": epoch + 1}
             line |= {name: jsonable(float(value)) for name, value in metrics._asdict().items()}
-            line |= {"top1": None, "per_class": None, "val_top1": None}
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                line["top1"], line["per_class"] = evaluate_test(state)
-                line["val_top1"] = evaluate_validation(state)[0] if evaluate_validation else None
-            line["compile_seconds"] = sum(program.seconds for program in programs) - compiled
-            line["seconds"] = time.perf_counter() - start - line["compile_seconds"]
-            log.append(line)
-            checkpoints.save(epoch + 1, state)
-            progress.update(task, advance=1, shown=shown(line))
-    checkpoints.close()
+                per_class = 100 * np.asarray(call("evaluate", state, held_out)) / held_out_counts
+                line |= {"top1": float(per_class.mean()), "per_class": per_class.tolist()}
+            line["seconds"] = time.perf_counter() - call_start - (compile_seconds - compiled_before)
+            checkpoint.append_metrics(log, line)
+            checkpoint.save(manager, epoch + 1, state)
+            lines.append(line)
+            progress.update(task, advance=1, shown=_shown(line))
 
-    result = make_result(config, counts, log.lines, command)
-    write_whole(config.folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    per_class = np.array(lines[-1]["per_class"])
+    split = "val_top1" if config.validation else "top1"
+    result = config.identity() | {
+        "method": config.method,
+        "top1": None,
+        "val_top1": None,
+        split: round(lines[-1]["top1"], 3),
+        "per_class": per_class.round(2).tolist(),
+        **{name: round(float(per_class[mask].mean()), 3) for name, mask in groups(counts).items() if mask.any()},
+        "class_counts": counts.tolist(),
+        "ess_by_epoch": [round(line["ess"], 4) for line in lines],
+        "loss_by_epoch": [round(line["loss"], 4) for line in lines],
+        "seconds": round(sum(line["seconds"] for line in lines), 1),
+        "compile_seconds": round(compile_seconds, 1),
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("absgd_jax", "jax", "flax", "optax", "numpy")},
+        "command": command,
+    }
+    checkpoint.write_json(done, result)
     return result
 
 
-def shown(line: Line) -> str:
-    """A line of metrics for the eye."""
-    accuracy = "" if line["top1"] is None else f"  top-1 {line['top1']:.1f}%"
+def _shown(line: dict[str, Any]) -> str:
+    accuracy = f"  top-1 {line['top1']:.1f} %" if "top1" in line else ""
     return (
-        f"loss {line['loss']:.3g}  risk {float(line['risk']):.3g}  ess {line['ess']:.0%}  lr {line['lr']:.2g}  "
+        f"loss {line['loss']:.3f}  risk {line['risk']:.3f}  ess {line['ess']:.0%}  lr {line['lr']:.2g}  "
         f"λ {float(line['temperature']):.3g}{accuracy}"
     )
