@@ -1,4 +1,4 @@
-"""scikit-learn's digits (1,797 images of 8×8 pixels, inside its wheel): a fixed split and the two ways to spoil it."""
+"""scikit-learn's handwritten digits, made long-tailed or given wrong labels."""
 
 from typing import NamedTuple
 
@@ -7,54 +7,35 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 CLASSES = 10
-PIXELS = 64
 
 
 class Split(NamedTuple):
-    images: np.ndarray  # shape=(n, 64), dtype=float32, in [0, 1]
-    labels: np.ndarray  # shape=(n,), dtype=int32
+    """Images as vectors, and their classes."""
+
+    x: np.ndarray  # shape=(N, 64), dtype=float32, in [0, 1]
+    y: np.ndarray  # shape=(N,), dtype=int
 
 
-class Sample(NamedTuple):
-    """What one seed trains on."""
-
-    images: np.ndarray  # shape=(n, 64)
-    labels: np.ndarray  # shape=(n,)
-    special: np.ndarray  # shape=(n,), dtype=bool: the examples to watch, rare or wrongly labelled
-
-
-class Digits(NamedTuple):
-    train: Split
-    validation: Split
-    test: Split
+def load() -> tuple[Split, Split, Split]:
+    """Training, validation and test split: 60, 20 and 20 % of every class, the same in every run."""
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
+    validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)
+    train, validation, test = (Split(x[i], y[i]) for i in (train, validation, test))
+    return train, validation, test
 
 
-def load() -> Digits:
-    """60 / 20 / 20 percent, stratified, the same for every seed; validation and test are balanced and clean."""
-    images, labels = load_digits(return_X_y=True)
-    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
-    train, rest = train_test_split(np.arange(len(labels)), train_size=0.6, stratify=labels, random_state=0)
-    validation, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=0)
-    return Digits(*(Split(images[rows], labels[rows]) for rows in (train, validation, test)))
+def long_tail(split: Split, rng: np.random.Generator, *, n_max: int = 100, ratio: float = 100.0) -> Split:
+    """A random subset with n_max ρ^(-i/(C-1)) examples of class i."""
+    counts = [round(n_max * ratio ** (-i / (CLASSES - 1))) for i in range(CLASSES)]
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(split.y == i))[:n] for i, n in enumerate(counts)])
+    return Split(split.x[chosen], split.y[chosen])
 
 
-def long_tail_counts(largest: int = 100, imbalance: float = 100) -> np.ndarray:
-    """n_i = largest · imbalance^(-i / (C - 1)): class 0 is the most frequent, class 9 the rarest."""
-    return np.rint(largest * imbalance ** (-np.arange(CLASSES) / (CLASSES - 1))).astype(int)
-
-
-def long_tail(split: Split, seed: int) -> Sample:
-    """A long-tailed part of a split; the five rarest classes are special."""
-    rng = np.random.default_rng(seed)
-    counts = long_tail_counts()
-    rows = [rng.permutation(np.flatnonzero(split.labels == c))[:n] for c, n in enumerate(counts)]
-    images, labels = (array[np.concatenate(rows)] for array in split)
-    return Sample(images, labels, labels >= CLASSES // 2)
-
-
-def wrong_labels(split: Split, seed: int, rate: float = 0.4) -> Sample:
-    """Exactly a fraction ``rate`` of the labels, replaced by one of the nine others; those are special."""
-    rng = np.random.default_rng(seed)
-    wrong = rng.permutation(len(split.labels)) < round(rate * len(split.labels))
-    shift = rng.integers(1, CLASSES, len(split.labels), dtype=np.int32)
-    return Sample(split.images, np.where(wrong, (split.labels + shift) % CLASSES, split.labels), wrong)
+def wrong_labels(split: Split, rng: np.random.Generator, *, rate: float = 0.4) -> Split:
+    """The same images, a fraction ``rate`` of which has the label of another class."""
+    y = split.y.copy()
+    wrong = rng.permutation(len(y))[: round(rate * len(y))]
+    y[wrong] = (y[wrong] + rng.integers(1, CLASSES, len(wrong))) % CLASSES
+    return Split(split.x, y)

@@ -1,51 +1,149 @@
-"""Choosing on the validation split, then one run on the test split."""
+"""The three settings, and the protocol: choose on the validation split, test once with other seeds."""
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from examples.digits.config import LEARNING_RATES, SETTINGS, Method, Setting
-from examples.digits.data import Digits
-from examples.digits.train import History, train_all
+import absgd_jax
+from examples.digits.data import CLASSES, Split, load, long_tail, wrong_labels
+from examples.digits.train import Data, make_run
+
+TUNING_SEEDS = range(1000, 1003)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+INFINITE = (float("inf"),)
 
 
-class Result(NamedTuple):
-    """One method in one setting."""
+@dataclass(frozen=True)
+class Setting:
+    """A problem, and what is tried there."""
 
-    learning_rate: float
-    value: float  # the temperature, or the radius
-    validation: list[tuple[float, float, float]]  # every choice: learning rate, value, mean accuracy in percent
-    history: History  # on the test split, arrays of shape (seeds, passes, ...)
-
-
-def balanced_accuracy(history: History) -> np.ndarray:
-    """The mean over the classes after the last pass, in percent, shape (..., seeds)."""
-    return 100 * np.asarray(history.accuracy)[..., -1, :].mean(-1)
-
-
-def run(
-    digits: Digits, settings: dict[str, Setting], seeds: Sequence[int], tuning_seeds: Sequence[int], done: Callable
-) -> dict[str, dict[str, Result]]:
-    """All methods in all settings; ``done`` is called after each."""
-    results: dict[str, dict[str, Result]] = {}
-    for name, setting in settings.items():
-        first = setting.after and (SETTINGS[setting.after], results[setting.after]["SGD"].learning_rate)
-        results[name] = {}
-        for method in setting.methods:
-            results[name][method.name] = tune_and_test(digits, setting, method, seeds, tuning_seeds, first)
-            done()
-    return results
+    name: str
+    title: str
+    sizes: Sequence[int]
+    passes: int
+    corrupt: Callable[..., Split]
+    watched: str  # the examples whose weights are shown
+    temperatures: Sequence[float]
+    radii: Sequence[float] = ()
+    batch_size: int = 32
+    records_per_pass: int = 1
+    first_passes: int = 0  # passes with SGD that all methods have in common
+    first_learning_rate: float = 0.1
 
 
-def tune_and_test(digits: Digits, setting: Setting, method: Method, seeds, tuning_seeds, first) -> Result:
-    """Every learning rate with every value on the validation split; the best one, with new seeds, on the test split."""
-    choices = list(itertools.product(LEARNING_RATES, method.values))
-    tuned = train_all(setting, method, choices, tuning_seeds, digits.train, digits.validation, first)
-    accuracies = balanced_accuracy(tuned).mean(-1)
-    best = choices[int(np.argmax(accuracies))]
-    history = train_all(setting, method, [best], seeds, digits.train, digits.test, first)
-    validation = [(*choice, float(accuracy)) for choice, accuracy in zip(choices, accuracies, strict=True)]
-    return Result(*best, validation, jax.tree.map(lambda x: np.asarray(x[0]), history))
+LINEAR, MLP = (64, CLASSES), (64, 64, CLASSES)
+SETTINGS = (
+    Setting(
+        name="stream",
+        title="Long tail, 2 passes, linear",
+        sizes=LINEAR,
+        passes=2,
+        records_per_pass=7,
+        corrupt=long_tail,
+        watched="rare classes",
+        temperatures=(8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
+        radii=(0.1, 0.3, 0.6, 1.0, 1.5),
+    ),
+    Setting(
+        name="passes",
+        title="Long tail, 20 passes, linear",
+        sizes=LINEAR,
+        passes=20,
+        corrupt=long_tail,
+        watched="rare classes",
+        temperatures=(8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
+        radii=(0.1, 0.3, 0.6, 1.0, 1.5),
+    ),
+    Setting(
+        name="noise",
+        title="40 % wrong labels, MLP",
+        sizes=MLP,
+        passes=20,
+        corrupt=wrong_labels,
+        watched="wrong labels",
+        temperatures=(-4.0, -2.8, -2.0, -1.4, -1.0, -0.7),
+    ),
+    Setting(
+        name="fitted",
+        title="Long tail, fitted MLP, 2nd stage",
+        sizes=MLP,
+        first_passes=40,
+        passes=40,
+        corrupt=long_tail,
+        watched="rare classes",
+        temperatures=(10.0, 3.0, 1.0, 0.3),
+        radii=(0.3, 0.6, 1.0, 1.5, 2.3),
+    ),
+)
+
+
+def draw(setting: Setting, train: Split, seeds: Sequence[int]) -> Data:
+    """A corrupted training set for each seed, stacked."""
+    sets = []
+    for seed in seeds:
+        split = setting.corrupt(train, np.random.default_rng(seed))
+        special = split.y >= CLASSES // 2 if setting.corrupt is long_tail else split.y != train.y
+        sets.append(Data(split.x, split.y, special.astype(np.float32)))
+    return Data(*(jnp.stack(field) for field in zip(*sets, strict=True)))
+
+
+def run(setting: Setting, seeds: Sequence[int], rates: Sequence[float] = RATES) -> dict[str, Any]:
+    """Every method of a setting: learning rate and temperature from the validation split, then tested once.
+
+    SGD chooses from the same learning rates as ABSGD. Tuning and testing have different seeds and training subsets.
+    """
+    train, *held_out = load()
+    validation, test = (Split(*map(jnp.asarray, split)) for split in held_out)
+    data = draw(setting, train, seeds)
+    tuning_data = draw(setting, train, TUNING_SEEDS)
+
+    families = [(lambda value: value, {"SGD": INFINITE, "ABSGD λ": setting.temperatures})]
+    if setting.radii:
+        families.append((absgd_jax.kl_radius, {"ABSGD KL radius": setting.radii}))
+    methods = {}
+    for rule, members in families:
+        choices = {name: list(itertools.product(rates, values)) for name, values in members.items()}
+        tuning = make_run(setting, validation, rule)
+        history = tuning(jnp.array(TUNING_SEEDS), tuning_data, *jnp.array(sum(choices.values(), [])).T)
+        scores = iter(np.asarray(history.accuracy[:, :, -1].mean((-1, -2))).tolist())
+        graded = {name: [(next(scores), choice) for choice in tried] for name, tried in choices.items()}
+        best = {name: max(grades) for name, grades in graded.items()}
+        tested = make_run(setting, test, rule)(
+            jnp.array(seeds), data, *jnp.array([choice for _, choice in best.values()]).T
+        )
+        for i, (name, (score, (rate, value))) in enumerate(best.items()):
+            accuracy = np.asarray(tested.accuracy[i])  # seed, record, class
+            final = accuracy[:, -1]
+            methods[name] = {
+                "learning_rate": rate,
+                "value": str(value) if np.isinf(value) else value,
+                "validation_accuracy": round(score, 2),
+                "validation_grid": [[*map(str, choice), round(grade, 2)] for grade, choice in graded[name]],
+                "accuracy": _mean_std(final.mean(-1)),
+                "head": _mean_std(final[:, : CLASSES // 2].mean(-1)),
+                "tail": _mean_std(final[:, CLASSES // 2 :].mean(-1)),
+                "gain": _mean_std(final.mean(-1) - methods["SGD"]["accuracy_per_seed"]) if methods else None,
+                "accuracy_per_seed": final.mean(-1).round(3).tolist(),
+                "per_class": final.mean(0).round(2).tolist(),
+                "accuracy_by_record": accuracy.mean((0, 2)).round(2).tolist(),
+                "sample_size_by_record": np.asarray(tested.sample_size[i].mean(0)).round(4).tolist(),
+                "weight_by_record": np.asarray(tested.weight[i].mean(0)).round(4).tolist(),
+            }
+    return {
+        "title": setting.title,
+        "watched": setting.watched,
+        "passes": setting.passes,
+        "first_passes": setting.first_passes,
+        "first_learning_rate": setting.first_learning_rate if setting.first_passes else None,
+        "records_per_pass": setting.records_per_pass,
+        "batch_size": setting.batch_size,
+        "methods": methods,
+    }
+
+
+def _mean_std(x: np.ndarray) -> list[float]:
+    return [round(float(np.mean(x)), 3), round(float(np.std(x, ddof=1)) if len(x) > 1 else 0.0, 3)]

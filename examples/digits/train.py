@@ -1,5 +1,7 @@
-"""Training as one compiled program: a scan over passes of a scan over batches, vmapped over seeds and choices."""
+"""Training as one compiled program, vmapped over seeds, learning rates and temperatures."""
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,85 +10,104 @@ import optax
 
 import absgd_jax
 from examples.digits import models
-from examples.digits.config import INF, Method, Setting
-from examples.digits.data import CLASSES, Sample, Split
+from examples.digits.data import CLASSES
+
+
+class Data(NamedTuple):
+    """A training set; ``special`` marks the examples whose weights are watched (rare classes, wrong labels)."""
+
+    x: jax.Array
+    y: jax.Array
+    special: jax.Array
 
 
 class History(NamedTuple):
-    """What is recorded after each pass; the weights are those of the whole training set, 1 on average."""
+    """What is recorded after every pass, or more often."""
 
-    accuracy: jax.Array  # of each class, shape=(passes, 10)
-    effective: jax.Array  # effective sample size, as a fraction of the training set
-    special: jax.Array  # mean weight of the special examples
-    ordinary: jax.Array  # mean weight of the others
-
-
-def train_passes(optimizer, params, state, key, sample: Sample, held_out: Split, passes: int, batch_size: int):
-    """Trains from ``params`` and the optimizer's ``state``; returns both, and the history."""
-    examples = len(sample.labels)
-    batches = examples // batch_size
-    value_and_grad = absgd_jax.value_and_grad(models.per_example_loss, with_kl=True)
-
-    def step(carry, rows):
-        params, state = carry
-        (risk, kl), grads = value_and_grad(params, sample.images[rows], sample.labels[rows], state=state)
-        updates, state = optimizer.update(grads, state, params, value=risk, kl=kl)
-        return (optax.apply_updates(params, updates), state), None
-
-    def one_pass(carry, key):
-        order = jax.random.permutation(key, examples)[: batches * batch_size]
-        carry, _ = jax.lax.scan(step, carry, order.reshape(batches, batch_size))
-        return carry, record(*carry, sample, held_out)
-
-    (params, state), history = jax.lax.scan(one_pass, (params, state), jax.random.split(key, passes))
-    return params, state, history
+    accuracy: jax.Array  # of every class, on the evaluation split
+    sample_size: jax.Array  # effective fraction of a batch, mean since the last record
+    weight: jax.Array  # mean weight of a special example over that of the others
 
 
-def record(params, state, sample: Sample, held_out: Split) -> History:
-    """The accuracy on held-out data and the weights that ABSGD gives to its training set."""
-    correct = jnp.argmax(models.apply(params, held_out.images), -1) == held_out.labels
-    of_class = jax.nn.one_hot(held_out.labels, CLASSES)
-
-    losses = models.per_example_loss(params, sample.images, sample.labels)
-    temperature = optax.tree_utils.tree_get(state, "temperature")
-    # The gradient of the risk is the weighting; times n its mean is 1, which is what SGD gives to everyone.
-    weights = losses.size * jax.grad(absgd_jax.entropic_risk)(losses, temperature)
-    return History(
-        accuracy=correct @ of_class / of_class.sum(0),
-        effective=absgd_jax.effective_sample_size(weights) / losses.size,
-        special=jnp.mean(weights, where=sample.special),
-        ordinary=jnp.mean(weights, where=~sample.special),
-    )
+def per_example_loss(params, x, y):
+    return optax.softmax_cross_entropy_with_integer_labels(models.logits(params, x), y)
 
 
-def train(setting: Setting, first: tuple[Setting, float] | None, sample, held_out, seed, learning_rate, temperature):
-    """One training run; ``first`` is an earlier stage at λ = ∞ and its learning rate, from which it continues."""
-    init_key, first_key, key = jax.random.split(jax.random.key(seed), 3)
-    params = models.init(init_key, setting.sizes)
+loss_and_grad = absgd_jax.value_and_grad(
+    lambda params, x, y: (per_example_loss(params, x, y),) * 2, has_aux=True, with_kl=True
+)
+
+
+def train(carry, data, evaluation, key, *, learning_rate, temperature, batch_size, passes, records_per_pass=1):
+    """Continues from ``carry`` = (params, optimizer state) for some passes; also returns the History."""
     optimizer = absgd_jax.absgd(learning_rate, temperature)
-    state = optimizer.init(params)
-    if first is not None:
-        stage, rate = first
-        sgd = absgd_jax.absgd(rate, temperature=INF)
-        params, state, _ = train_passes(
-            sgd, params, sgd.init(params), first_key, sample, held_out, stage.passes, stage.batch_size
-        )
-    return train_passes(optimizer, params, state, key, sample, held_out, setting.passes, setting.batch_size)[-1]
+    chunk = len(data.y) // batch_size // records_per_pass  # steps between two records
+    shape = (records_per_pass, chunk, batch_size)
+
+    def step(carry, batch):
+        params, state = carry
+        x, y, special = batch
+        lam = state[0].temperature
+        ((risk, kl), losses), grads = loss_and_grad(params, x, y, state=state)
+        updates, state = optimizer.update(grads, state, params, value=risk, kl=kl)
+        weights = jax.nn.softmax(losses / lam)
+        fraction = absgd_jax.effective_sample_size(weights) / batch_size
+        seen = jnp.stack([weights @ special, weights @ (1 - special), special.sum(), (1 - special).sum()])
+        return (optax.apply_updates(params, updates), state), (fraction, seen)
+
+    def record(carry, order):
+        carry, (fraction, seen) = jax.lax.scan(step, carry, jax.tree.map(lambda a: a[order], data))
+        special, others, n_special, n_others = seen.sum(0)
+        right = models.logits(carry[0], evaluation.x).argmax(-1) == evaluation.y
+        classes = jax.nn.one_hot(evaluation.y, CLASSES)
+        weight = (special / jnp.maximum(n_special, 1)) / (others / jnp.maximum(n_others, 1))
+        return carry, History(100 * (right @ classes) / classes.sum(0), fraction.mean(), weight)
+
+    def order_of(key):
+        return jax.random.permutation(key, len(data.y))[: math.prod(shape)].reshape(shape)
+
+    orders = jax.vmap(order_of)(jax.random.split(key, passes))
+    return jax.lax.scan(record, carry, orders.reshape(-1, *shape[1:]))
 
 
-def train_all(setting: Setting, method: Method, choices, seeds, train_split: Split, held_out: Split, first=None):
-    """The histories of all choices, pairs of a learning rate and a value of the method, and all seeds.
+def start(seed, sizes):
+    """Parameters and optimizer state (at λ = ∞) of a seed, and the key for what follows."""
+    key, later = jax.random.split(jax.random.key(seed))
+    params = models.init(key, sizes)
+    return (params, absgd_jax.absgd(0.0, jnp.inf).init(params)), later
 
-    Returns:
-      A :class:`History` whose arrays start with the axes (choices, seeds).
+
+def make_run(setting, evaluation, rule):
+    """Compiles a function of (seeds, data, rates, values) whose History has the axes (choice, seed, record).
+
+    A choice is a learning rate with a value, of which ``rule`` makes a temperature. All choices and seeds are trained
+    together. The first stage, where there is one, is the same for all choices.
     """
-    samples = jax.tree.map(lambda *x: jnp.stack(x), *(setting.sample(train_split, seed) for seed in seeds))
-    held_out = jax.tree.map(jnp.asarray, held_out)
 
-    def one(learning_rate, value, seed, sample):
-        return train(setting, first, sample, held_out, seed, learning_rate, method.temperature(value))
+    def one(seed, data, rate, value):
+        carry, key = start(seed, setting.sizes)
+        stage = partial(train, data=data, evaluation=evaluation, batch_size=setting.batch_size)
+        first, second = jax.random.split(key)
+        history = []
+        if setting.first_passes:
+            carry, before = stage(
+                carry,
+                key=first,
+                learning_rate=setting.first_learning_rate,
+                temperature=jnp.inf,
+                passes=setting.first_passes,
+            )
+            history.append(before)
+        # kl_radius takes over from a state at λ = ∞ and starts by itself.
+        _, after = stage(
+            carry,
+            key=second,
+            learning_rate=rate,
+            temperature=rule(value),
+            passes=setting.passes,
+            records_per_pass=setting.records_per_pass,
+        )
+        return jax.tree.map(lambda *h: jnp.concatenate(h), *history, after)
 
-    over_seeds = jax.vmap(one, in_axes=(None, None, 0, 0))
-    over_choices = jax.vmap(over_seeds, in_axes=(0, 0, None, None))
-    learning_rates, values = jnp.asarray(choices, jnp.float32).T
-    return jax.jit(over_choices)(learning_rates, values, jnp.asarray(seeds), samples)
+    seeds_together = jax.vmap(one, (0, 0, None, None))
+    return jax.jit(jax.vmap(seeds_together, (None, None, 0, 0)))
