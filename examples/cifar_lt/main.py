@@ -41,6 +41,9 @@ def main(arguments: Sequence[str]) -> int:
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on after the last whole epoch.", file=sys.stderr)
+        return 1
     accuracy = f"test {result['top1']} %" if result["val_top1"] is None else f"validation {result['val_top1']} %"
     console.print(f"{config.method}: {accuracy}, head {result['head']} %, tail {result['tail']} %; in {config.folder}")
     return 0

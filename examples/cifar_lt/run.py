@@ -1,9 +1,7 @@
 """A run from its settings to its result: epochs, evaluations, checkpoints, metrics, a progress bar."""
 
 import json
-import platform
 import time
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.cifar_lt import checkpoint
 from examples.cifar_lt.config import Config, jsonable
+from examples.cifar_lt.environment import hardware, versions
 from examples.cifar_lt.imbalance import groups
 from examples.cifar_lt.schedule import steps_per_epoch, temperature_rules
 from examples.cifar_lt.subsets import training_and_held_out
@@ -88,9 +87,8 @@ def run(config: Config, command: str, console: Console) -> dict[str, Any]:
         "loss_by_epoch": [round(line["loss"], 4) for line in lines],
         "seconds": round(sum(line["seconds"] for line in lines), 1),
         "compile_seconds": round(compile_seconds, 1),
-        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("absgd_jax", "jax", "flax", "optax", "numpy")},
+        "hardware": hardware(),
+        "versions": versions(),
         "command": command,
     }
     checkpoint.write_json(done, result)
@@ -100,6 +98,6 @@ def run(config: Config, command: str, console: Console) -> dict[str, Any]:
 def _shown(line: dict[str, Any]) -> str:
     accuracy = f"  top-1 {line['top1']:.1f} %" if "top1" in line else ""
     return (
-        f"loss {line['loss']:.3f}  risk {line['risk']:.3f}  ess {line['ess']:.0%}  lr {line['lr']:.2g}  "
+        f"loss {float(line['loss']):.3f}  risk {float(line['risk']):.3f}  ess {float(line['ess']):.0%}  lr {line['lr']:.2g}  "
         f"λ {float(line['temperature']):.3g}{accuracy}"
     )
