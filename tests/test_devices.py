@@ -1,5 +1,6 @@
 """Devices and micro-batches give the single-device update: parts are merged, not averaged."""
 
+import re
 from functools import partial
 
 import jax
@@ -66,12 +67,12 @@ def shard_map_step(step, mesh=MESH, axes="data", **options):
     return jax.jit(jax.shard_map(step, mesh=mesh, **specs, **options))
 
 
-@pytest.fixture(params=OPTIMIZERS)
+@pytest.fixture(params=OPTIMIZERS, scope="module")
 def optimizer(request):
     return OPTIMIZERS[request.param]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(optimizer):
     return train(jax.jit(make_step(optimizer)), optimizer)
 
@@ -182,10 +183,21 @@ def test_devices_meet_twice_and_only_after_the_backward_pass():
     assert backward
     assert min(collectives) > max(backward)
     compiled = step.lower(*arguments).compile().as_text()
-    assert (
-        compiled.count(" all-reduce(") + compiled.count(" all-reduce-start(") <= 3
-    )  # numbers, and one a parameter at most
-    assert "all-gather" not in compiled
+    assert collectives_in(compiled) == ["all-reduce"] * 2  # the devices' numbers, and all gradients together
+    assert f"f32[{DEVICES},3]" in next(line for line in compiled.splitlines() if " all-reduce" in line)
+
+
+def collectives_in(compiled):
+    return re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", compiled)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_sharded_batch_stays_where_it_is(microbatches):
+    loss_and_grad = absgd_jax.value_and_grad(per_example_loss, num_microbatches=microbatches)
+    x, y = jax.device_put((X[0], Y[0]), NamedSharding(MESH, P("data")))
+    params = jax.device_put(PARAMS, NamedSharding(MESH, P()))
+    compiled = jax.jit(loss_and_grad).lower(params, x, y, temperature=jnp.float32(1.0)).compile().as_text()
+    assert set(collectives_in(compiled)) == {"all-reduce"}
 
 
 def test_memory_falls_with_the_micro_batch():
@@ -208,6 +220,65 @@ def test_sharded_parameters_stay_sharded():
     updates, new = jax.jit(optimizer.update)(params, state, params, value=jnp.float32(1.0))
     assert updates["a"].sharding.is_equivalent_to(sharding, 1)
     assert all(leaf.sharding.is_fully_replicated for leaf in new[0])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_whole_step_keeps_the_sharding_of_its_parameters(microbatches):
+    def wide_loss(w, x, y):
+        return (jnp.tanh(x @ w["a"]) @ w["b"] - y) ** 2
+
+    optimizer = absgd_jax.absgd(0.01, 50.0)
+    loss_and_grad = absgd_jax.value_and_grad(wide_loss, num_microbatches=microbatches)
+
+    @jax.jit
+    def step(params, state, x, y):
+        risk, grads = loss_and_grad(params, x, y, state=state)
+        updates, state = optimizer.update(grads, state, params, value=risk)
+        return optax.apply_updates(params, updates), state
+
+    params = {"a": jnp.linspace(-1, 1, 5 * 16).reshape(5, 16), "b": jnp.linspace(1, -1, 16)}
+    alone = step(params, optimizer.init(params), X[0], Y[0])
+    shardings = {"a": NamedSharding(MESH, P(None, "data")), "b": NamedSharding(MESH, P("data"))}
+    params, batch = jax.device_put(params, shardings), jax.device_put((X[0], Y[0]), NamedSharding(MESH, P("data")))
+    actual = step(params, optimizer.init(params), *batch)
+    assert_same(actual, alone)
+    for tree in (actual[0], optax.tree.get(actual[1], "trace")):
+        assert all(leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim) for name, leaf in tree.items())
+    assert all(leaf.sharding.is_fully_replicated for leaf in actual[1][0])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_shardings_in_types_are_understood(microbatches):
+    mesh, optimizer = (
+        jax.make_mesh((DEVICES,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,)),
+        OPTIMIZERS["absgd"],
+    )
+    alone = jax.jit(make_step(optimizer))(PARAMS, optimizer.init(PARAMS), X[0], Y[0], WHERE[0])
+    with jax.set_mesh(mesh):
+        batch = jax.device_put((X[0], Y[0], WHERE[0]), NamedSharding(mesh, P("x")))
+        params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+        state = optimizer.init(params)
+        actual = jax.jit(make_step(optimizer, num_microbatches=microbatches))(params, state, *batch)
+        assert jax.tree.map(jax.typeof, actual[:2]) == jax.tree.map(jax.typeof, (params, state))
+    assert_same(actual, alone)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_batch_masked_on_every_device_changes_nothing(microbatches):
+    optimizer = absgd_jax.scale_by_absgd(absgd_jax.kl_radius(0.7))
+    step = shard_map_step(make_step(optimizer, axis_name="data", num_microbatches=microbatches))
+    _, before, _ = step(PARAMS, optimizer.init(PARAMS), X[0], Y[0], WHERE[0])
+    params, after, _ = step(PARAMS, before, X[1], Y[1], np.zeros(BATCH, bool))
+    jax.tree.map(np.testing.assert_array_equal, (params, after), (PARAMS, before._replace(count=2)))
+
+
+def test_aux_of_the_devices_is_their_own_and_in_order():
+    f = absgd_jax.value_and_grad(
+        lambda w, x, y: (per_example_loss(w, x, y), x), has_aux=True, num_microbatches=4, axis_name="data"
+    )
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P("data")}
+    mapped = jax.shard_map(lambda w, x, y: f(w, x, y, temperature=1.0)[0][1], mesh=MESH, **specs)
+    np.testing.assert_array_equal(jax.jit(mapped)(PARAMS, X[0], Y[0]), X[0])
 
 
 def test_aux_comes_back_whole_and_in_order():
