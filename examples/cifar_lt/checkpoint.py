@@ -1,11 +1,12 @@
 """What a run leaves on disk, so that it can be killed at any moment and continued by the same command.
 
-``config.json`` says whose folder it is, ``checkpoints/`` holds the state after the last epochs, ``metrics.jsonl`` a line
-for each epoch, ``result.json`` the end. A file is complete or absent: each is written aside and then renamed.
+``config.json`` says whose folder it is, ``checkpoints/`` holds the state after the last epochs, ``metrics.jsonl`` has a
+line for each epoch, ``result.json`` the end. A file is complete or absent: each is written aside and then renamed.
 """
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,9 +47,21 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def open_manager(folder: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run; the last two are kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+def branch(source: Path, folder: Path, epoch: int) -> None:
+    """Makes ``folder`` a run that begins with the first epochs of ``source``, which kept its state after them."""
+    step = Path("checkpoints") / str(epoch)
+    if folder.exists() or not (source / step).exists():
+        return
+    aside = folder.with_suffix(".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source / step, aside / step)
+    shutil.copy(source / "metrics.jsonl", aside)
+    aside.replace(folder)
+
+
+def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+    """The checkpoints of a run; the last two are kept, and the one after ``keep`` epochs."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, keep_period=keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
 

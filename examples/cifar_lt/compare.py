@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from examples.cifar_lt import checkpoint
 from examples.cifar_lt.config import Preset
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.errors import UserError
@@ -22,6 +23,7 @@ from examples.cifar_lt.run import run
 TEMPERATURES = (0.3, 1.0, 3.0)
 RADII = (0.1, 0.3, 1.0)
 TUNING_SEED = 1000
+SGD = {"temperature": float("inf"), "kl_radius": None}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -37,26 +39,26 @@ def compare(preset: Preset = "mini", data_dir: Path = Path("data"), seeds: int =
     console, folder = Console(), out / preset
     folder.mkdir(parents=True, exist_ok=True)
 
-    def result(name: str, **changes: Any) -> dict[str, Any]:
-        config = dataclasses.replace(CONFIGS[preset], data_dir=data_dir, **changes)
-        options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in changes.items())
+    def result(name: str, changes: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+        """One run. Its first stage is taken over from that of SGD, with which it is the same."""
+        config = dataclasses.replace(CONFIGS[preset], data_dir=data_dir, **common, **changes)
+        options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in {**common, **changes}.items())
+        checkpoint.branch(dataclasses.replace(config, **SGD).folder, config.folder, config.second_stage)
         done = run(config, f"python -m examples.cifar_lt.main --preset {preset} {options}", console)
         shutil.copy(config.folder / "result.json", folder / f"{name}.json")
         return done
 
     def best(field: str, values: tuple[float, ...]) -> dict[str, float]:
         """The value with the highest validation accuracy, one seed."""
-        scores = {}
-        for value in values:
-            name = f"validation-{field}{value:g}"
-            runs = Path("runs") / f"{preset}-{name}"
-            scores[value] = result(name, **{field: value}, validation=0.1, seed=TUNING_SEED, out=runs)["val_top1"]
+        scores = {v: result(f"validation-{field}{v:g}", {field: v}, tuning)["val_top1"] for v in values}
         return {field: max(scores, key=lambda value: scores[value])}
 
+    tuning = {"validation": 0.1, "seed": TUNING_SEED}
+    result("validation-sgd", {}, tuning)
     methods = {"sgd": {}, "absgd": best("temperature", TEMPERATURES), "kl-radius": best("kl_radius", RADII)}
     for seed in range(seeds):
         for name, changes in methods.items():
-            result(f"{name}-s{seed}", **changes, seed=seed)
+            result(f"{name}-s{seed}", changes, {"seed": seed})
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Config:
     @property
     def folder(self) -> Path:
         strength = {"sgd": "", "absgd": f"{self.temperature:g}", "kl-radius": f"{self.kl_radius}"}[self.method]
-        data = f"{self.dataset}-{self.imbalance}{self.ratio:g}"
+        data = f"{self.dataset}-{self.imbalance}{self.ratio:g}" + ("-validation" if self.validation else "")
         return self.out or Path("runs") / f"{data}-{self.preset}-{self.loss}-{self.method}{strength}-seed{self.seed}"
 
     def identity(self) -> dict[str, Any]:

@@ -53,7 +53,10 @@ def run(config: Config, command: str, console: Console) -> dict[str, Any]:
             compile_seconds += time.perf_counter() - start
         return compiled[key](*arguments)
 
-    with checkpoint.open_manager(folder) as manager, Progress(*COLUMNS, console=console) as progress:
+    with (
+        checkpoint.open_manager(folder, max(config.second_stage, 1)) as manager,
+        Progress(*COLUMNS, console=console) as progress,
+    ):
         state = checkpoint.restore(manager, jax.jit(functions.init)(config.seed))
         first, log = int(state.epoch), folder / "metrics.jsonl"
         lines = checkpoint.read_metrics(log, first)

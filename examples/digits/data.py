@@ -33,6 +33,13 @@ def long_tail(split: Split, rng: np.random.Generator, *, n_max: int = 100, ratio
     return Split(split.x[chosen], split.y[chosen])
 
 
+def stream(split: Split, rng: np.random.Generator, *, size: int = 12_800, ratio: float = 100.0) -> Split:
+    """``size`` examples drawn one after another, with replacement, class i with probability ∝ ρ^(-i/(C-1))."""
+    likelihood = ratio ** (-split.y / (CLASSES - 1)) / np.bincount(split.y)[split.y]
+    drawn = rng.choice(len(split.y), size, p=likelihood / likelihood.sum())
+    return Split(split.x[drawn], split.y[drawn])
+
+
 def wrong_labels(split: Split, rng: np.random.Generator, *, rate: float = 0.4) -> Split:
     """The same images, a fraction ``rate`` of which has the label of another class."""
     y = split.y.copy()

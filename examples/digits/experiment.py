@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import absgd_jax
-from examples.digits.data import CLASSES, Split, load, long_tail, wrong_labels
+from examples.digits.data import CLASSES, Split, load, long_tail, stream, wrong_labels
 from examples.digits.train import Data, make_run
 
 TUNING_SEEDS = range(1000, 1003)
@@ -39,21 +39,12 @@ LINEAR, MLP = (64, CLASSES), (64, 64, CLASSES)
 SETTINGS = (
     Setting(
         name="stream",
-        title="Long tail, 2 passes, linear",
+        title="Long-tailed stream, linear model",
         sizes=LINEAR,
-        passes=2,
-        records_per_pass=7,
-        corrupt=long_tail,
-        watched="rare classes",
-        temperatures=(8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
-        radii=(0.1, 0.3, 0.6, 1.0, 1.5),
-    ),
-    Setting(
-        name="passes",
-        title="Long tail, 20 passes, linear",
-        sizes=LINEAR,
-        passes=20,
-        corrupt=long_tail,
+        batch_size=128,
+        passes=1,
+        records_per_pass=20,
+        corrupt=stream,
         watched="rare classes",
         temperatures=(8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
         radii=(0.1, 0.3, 0.6, 1.0, 1.5),
@@ -69,10 +60,10 @@ SETTINGS = (
     ),
     Setting(
         name="fitted",
-        title="Long tail, fitted MLP, 2nd stage",
+        title="Fitted long tail, MLP, 2nd stage",
         sizes=MLP,
-        first_passes=40,
-        passes=40,
+        first_passes=30,
+        passes=20,
         corrupt=long_tail,
         watched="rare classes",
         temperatures=(10.0, 3.0, 1.0, 0.3),
@@ -86,7 +77,7 @@ def draw(setting: Setting, train: Split, seeds: Sequence[int]) -> Data:
     sets = []
     for seed in seeds:
         split = setting.corrupt(train, np.random.default_rng(seed))
-        special = split.y >= CLASSES // 2 if setting.corrupt is long_tail else split.y != train.y
+        special = split.y >= CLASSES // 2 if setting.corrupt is not wrong_labels else split.y != train.y
         sets.append(Data(split.x, split.y, special.astype(np.float32)))
     return Data(*(jnp.stack(field) for field in zip(*sets, strict=True)))
 
@@ -108,7 +99,7 @@ def run(setting: Setting, seeds: Sequence[int], rates: Sequence[float] = RATES) 
     for rule, members in families:
         choices = {name: list(itertools.product(rates, values)) for name, values in members.items()}
         tuning = make_run(setting, validation, rule)
-        history = tuning(jnp.array(TUNING_SEEDS), tuning_data, *jnp.array(sum(choices.values(), [])).T)
+        history = tuning(jnp.array(TUNING_SEEDS), tuning_data, *jnp.array([*itertools.chain(*choices.values())]).T)
         scores = iter(np.asarray(history.accuracy[:, :, -1].mean((-1, -2))).tolist())
         graded = {name: [(next(scores), choice) for choice in tried] for name, tried in choices.items()}
         best = {name: max(grades) for name, grades in graded.items()}

@@ -47,7 +47,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
     """One column a setting: accuracy while training, accuracy by class, weight of the watched examples."""
     settings = list(result["settings"].values())
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(3, len(settings), figsize=(3.4 * len(settings), 7.4), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(3, len(settings), figsize=(3.5 * len(settings), 7.4), layout="constrained", squeeze=False)
     for (top, middle, bottom), setting in zip(axes.T, settings, strict=True):
         first, records = setting["first_passes"], setting["passes"] * setting["records_per_pass"]
         passes = [*range(1, first + 1), *(first + (i + 1) / setting["records_per_pass"] for i in range(records))]
@@ -62,7 +62,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         for axis in (top, bottom):
             if first:
                 axis.axvline(first + 0.5, color="black", lw=0.8, ls=":")
-            axis.set_xlabel("passes over the data")
+            axis.set_xlabel("part of the stream" if setting["records_per_pass"] > 1 else "passes over the data")
             axis.set_xlim(0 if setting["records_per_pass"] > 1 else 1, passes[-1])
         top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
         top.set_ylim(0, 100)

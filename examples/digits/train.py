@@ -39,9 +39,14 @@ loss_and_grad = absgd_jax.value_and_grad(
 
 
 def train(carry, data, evaluation, key, *, learning_rate, temperature, batch_size, passes, records_per_pass=1):
-    """Continues from ``carry`` = (params, optimizer state) for some passes; also returns the History."""
-    optimizer = absgd_jax.absgd(learning_rate, temperature)
+    """Continues from ``carry`` = (params, optimizer state) for some passes; also returns the History.
+
+    The learning rate falls to 0 along a cosine.
+    """
     chunk = len(data.y) // batch_size // records_per_pass  # steps between two records
+    steps = passes * records_per_pass * chunk
+    carry = carry[0], optax.tree.set(carry[1], count=jnp.int32(0))
+    optimizer = absgd_jax.absgd(lambda t: learning_rate * (1 + jnp.cos(jnp.pi * t / steps)) / 2, temperature)
     shape = (records_per_pass, chunk, batch_size)
 
     def step(carry, batch):
@@ -74,7 +79,7 @@ def start(seed, sizes):
     """Parameters and optimizer state (at λ = ∞) of a seed, and the key for what follows."""
     key, later = jax.random.split(jax.random.key(seed))
     params = models.init(key, sizes)
-    return (params, absgd_jax.absgd(0.0, jnp.inf).init(params)), later
+    return (params, absgd_jax.absgd(lambda t: 0.0, jnp.inf).init(params)), later
 
 
 def make_run(setting, evaluation, rule):

@@ -32,6 +32,14 @@ def test_the_long_tail_has_its_counts():
     assert not np.array_equal(tail.x, other.x)
 
 
+def test_the_stream_has_its_class_frequencies():
+    full, *_ = data.load()
+    drawn = data.stream(full, np.random.default_rng(0))
+    expected = 100.0 ** (-np.arange(10) / 9)
+    frequencies = np.bincount(drawn.y, minlength=10) / len(drawn.y)
+    np.testing.assert_allclose(frequencies, expected / expected.sum(), atol=0.012)
+
+
 def test_wrong_labels_are_wrong_and_as_many_as_asked():
     full, *_ = data.load()
     noisy = data.wrong_labels(full, np.random.default_rng(0), rate=0.4)
@@ -40,7 +48,7 @@ def test_wrong_labels_are_wrong_and_as_many_as_asked():
     assert set(noisy.y) <= set(range(10))
 
 
-def test_infinite_temperature_is_optax_sgd():
+def test_infinite_temperature_is_optax_sgd_with_a_cosine():
     full, validation, _ = data.load()
     x, y = jnp.array(full.x[:100]), jnp.array(full.y[:100])
     carry, key = train.start(0, (64, 8, 10))
@@ -48,7 +56,8 @@ def test_infinite_temperature_is_optax_sgd():
         carry, train.Data(x, y, jnp.zeros(100)), data.Split(jnp.array(validation.x), jnp.array(validation.y)), key,
         learning_rate=0.1, temperature=jnp.inf, batch_size=32, passes=2,
     )  # fmt: skip
-    optimizer, params = optax.sgd(0.1, momentum=0.9), carry[0]
+    cosine = optax.cosine_decay_schedule(0.1, decay_steps=6)
+    optimizer, params = optax.sgd(cosine, momentum=0.9), carry[0]
     state = optimizer.init(params)
     for pass_key in jax.random.split(key, 2):
         for batch in jax.random.permutation(pass_key, 100)[:96].reshape(3, 32):
@@ -63,7 +72,7 @@ def test_infinite_temperature_is_optax_sgd():
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path, capsys):
-    small = [dataclasses.replace(SETTINGS[0], radii=(0.3,)), dataclasses.replace(SETTINGS[3], passes=1, first_passes=1)]
+    small = [dataclasses.replace(SETTINGS[0], radii=(0.3,)), dataclasses.replace(SETTINGS[2], passes=1, first_passes=1)]
     small = [dataclasses.replace(s, temperatures=(1.0,), radii=s.radii[:1]) for s in small]
     main.main(main.Options(out=tmp_path, seeds=2), settings=small, rates=(0.1,))
     result = json.loads((tmp_path / "digits.json").read_text())
