@@ -293,14 +293,11 @@ def test_aux_comes_back_whole_and_in_order():
 
 
 def test_gradients_of_half_precision_parameters_are_accumulated_in_float32():
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    f = absgd_jax.value_and_grad(per_example_loss, num_microbatches=64)
-    _, grads = jax.jit(f)(params, X[0], Y[0], temperature=float("inf"))
-    _, whole = jax.jit(absgd_jax.value_and_grad(per_example_loss))(params, X[0], Y[0], temperature=float("inf"))
-    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0.05, atol=0.02), grads, whole
-    )
+    x = np.repeat([1.0, 2.0], 128)  # in bfloat16 a running mean would stop short of 1.5: the last steps are too small
+    f = absgd_jax.value_and_grad(lambda w, x: w * x, num_microbatches=256)
+    _, grad = jax.jit(f)(jnp.bfloat16(1.0), jnp.bfloat16(x), temperature=float("inf"))
+    assert grad.dtype == jnp.bfloat16
+    assert grad == 1.5
 
 
 @pytest.mark.parametrize(
