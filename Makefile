@@ -21,7 +21,7 @@ lint: .venv/.dev ## ruff: style and format
 	$(BIN)/ruff format --check .
 
 types: .venv/.dev ## pyright
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/.dev ## the documentation site, into site/
 	$(BIN)/python -m sphinx -W --keep-going -q docs site
@@ -29,8 +29,8 @@ docs: .venv/.dev ## the documentation site, into site/
 build: .venv/.dev ## sdist and wheel, into dist/
 	$(BIN)/python -m build
 
-mini: .venv/.examples ## CIFAR-10-LT with a small ResNet on the CPU: needs the dataset, see examples/cifar_lt/README.md
-	$(BIN)/python -m examples.cifar_lt.main --preset mini --data-dir data
+mini: .venv/.examples ## CIFAR-10-LT with a small ResNet on the CPU, all methods (half an hour; downloads CIFAR-10)
+	$(BIN)/python -m examples.cifar_lt.compare --preset mini --data-dir data
 
 clean: ## remove the environment and everything built
 	rm -rf .venv dist site .pytest_cache .ruff_cache .hypothesis .coverage*

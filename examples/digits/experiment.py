@@ -13,7 +13,7 @@ from examples.digits.data import CLASSES, Split, load, long_tail, stream, wrong_
 from examples.digits.train import Data, make_run
 
 TUNING_SEEDS = range(1000, 1003)
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 INFINITE = (float("inf"),)
 
 
@@ -46,8 +46,8 @@ SETTINGS = (
         records_per_pass=20,
         corrupt=stream,
         watched="rare classes",
-        temperatures=(8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
-        radii=(0.1, 0.3, 0.6, 1.0, 1.5),
+        temperatures=(4.0, 2.0, 1.0, 0.5),
+        radii=(0.1, 0.3, 0.6, 1.0),
     ),
     Setting(
         name="noise",
@@ -56,18 +56,18 @@ SETTINGS = (
         passes=20,
         corrupt=wrong_labels,
         watched="wrong labels",
-        temperatures=(-4.0, -2.8, -2.0, -1.4, -1.0, -0.7),
+        temperatures=(-4.0, -2.0, -1.4, -1.0),
     ),
     Setting(
         name="fitted",
         title="Fitted long tail, MLP, 2nd stage",
         sizes=MLP,
-        first_passes=30,
-        passes=20,
+        first_passes=20,
+        passes=10,
         corrupt=long_tail,
         watched="rare classes",
-        temperatures=(10.0, 3.0, 1.0, 0.3),
-        radii=(0.3, 0.6, 1.0, 1.5, 2.3),
+        temperatures=(10.0, 1.0, 0.1, 0.01),
+        radii=(0.3, 0.6, 1.0, 2.0),
     ),
 )
 

@@ -1,11 +1,13 @@
 """The table and the figure, drawn from the JSON alone. As a command: those of the committed results."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from examples.readme import fill
@@ -15,32 +17,41 @@ matplotlib.use("Agg")
 COLOURS = {"SGD": "#666666", "ABSGD λ": "#0072B2", "ABSGD KL radius": "#D55E00"}  # told apart by colour-blind eyes too
 
 
-def table(result: dict[str, Any]) -> Table:
-    """Accuracy on the test split, mean ± standard deviation over the seeds, and the gain over SGD seed by seed."""
-    shown = Table(
-        title_style="bold",
-        title=f"Test accuracy in %, last pass, {len(result['seeds'])} seeds; gain over SGD seed by seed",
-        title_justify="left",
-    )
-    for column in ("setting", "method", "rate", "λ or ρ"):
-        shown.add_column(column, no_wrap=True)
-    for column in ("all", "head 0-4", "tail 5-9", "gain"):
-        shown.add_column(column, justify="right", no_wrap=True)
+HEADER = ("method", "rate", "λ or ρ", "accuracy", "head", "tail", "gain over SGD")
+
+
+def rows(setting: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each method, under ``HEADER``."""
+
+    def row(name, m):
+        gain = f"{m['gain'][0]:+.1f} ± {m['gain'][1]:.1f}" if m["gain"] else ""
+        accuracy = f"{m['accuracy'][0]:.1f} ± {m['accuracy'][1]:.1f}"
+        means = (f"{m['head'][0]:.1f}", f"{m['tail'][0]:.1f}")
+        return name, f"{m['learning_rate']:g}", str(m["value"]), accuracy, *means, gain
+
+    return [row(*item) for item in setting["methods"].items()]
+
+
+def tables(result: dict[str, Any]) -> Iterator[Table]:
+    """A table for each setting, narrow enough for a terminal of 80 columns."""
     for setting in result["settings"].values():
-        for i, (name, m) in enumerate(setting["methods"].items()):
-            cells = [setting["title"] if i == 0 else "", name, f"{m['learning_rate']:g}", str(m["value"])]
-            cells += [f"{mean:.1f} ± {std:.1f}" for mean, std in (m["accuracy"], m["head"], m["tail"])]
-            gain = f"{m['gain'][0]:+.1f} ± {m['gain'][1]:.1f}" if m["gain"] else ""
-            shown.add_row(*cells, gain, end_section=i == len(setting["methods"]) - 1)
-    return shown
+        shown = Table(title=setting["title"], title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        for i, column in enumerate(HEADER):
+            shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        for row in rows(setting):
+            shown.add_row(*row)
+        yield shown
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same table for a README."""
-    shown = table(result)
-    rows = zip(*(list(column.cells) for column in shown.columns), strict=True)
-    lines = [" | ".join(str(column.header) for column in shown.columns), " | ".join("---" for _ in shown.columns)]
-    return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)])
+    """One table of all settings, for a README."""
+    lines = ["setting | " + " | ".join(HEADER), " | ".join("---" for _ in range(len(HEADER) + 1))]
+    for setting in result["settings"].values():
+        for i, row in enumerate(rows(setting)):
+            lines.append(" | ".join((setting["title"] if i == 0 else "", *row)))
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [f"| {line} |" for line in lines]
+    return "\n".join([*lines, "", f"{result['seconds']:.0f} s on {result['hardware']}; {versions}."])
 
 
 def figure(result: dict[str, Any], path: Path) -> None:

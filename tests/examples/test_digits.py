@@ -72,7 +72,7 @@ def test_infinite_temperature_is_optax_sgd_with_a_cosine():
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path, capsys):
-    small = [dataclasses.replace(SETTINGS[0], radii=(0.3,)), dataclasses.replace(SETTINGS[2], passes=1, first_passes=1)]
+    small = [dataclasses.replace(SETTINGS[2], sizes=(64, 10), passes=1, first_passes=1)]
     small = [dataclasses.replace(s, temperatures=(1.0,), radii=s.radii[:1]) for s in small]
     main.main(main.Options(out=tmp_path, seeds=2), settings=small, rates=(0.1,))
     result = json.loads((tmp_path / "digits.json").read_text())
