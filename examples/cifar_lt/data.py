@@ -118,8 +118,8 @@ def download(archive: Archive, data_dir: Path) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{data_dir} has no folder {archive.folder}, and {archive.url} could not be downloaded ({reason}). Download "
-            f"it elsewhere, unpack it into {data_dir}, or name the folder that holds {archive.folder} with --data-dir."
+            f"{data_dir} has no folder {archive.folder}, and {archive.url} could not be downloaded ({reason}). "
+            f"Download it elsewhere, unpack it into {data_dir}, or name the folder that holds {archive.folder} with --data-dir."
         ) from None
 
 
@@ -141,8 +141,8 @@ def _read_binary(path: Path, archive: Archive, size: int, remedy: str) -> Split:
     found, expected = path.stat().st_size, size * record
     if found != expected:
         raise UserError(
-            f"{path} has {found:,} bytes, expected {expected:,} ({size:,} records of {record:,} bytes): it is truncated "
-            f"or another file. {remedy}"
+            f"{path} has {found:,} bytes, expected {expected:,} ({size:,} records of {record:,} bytes): it is "
+            f"truncated or another file. {remedy}"
         )
     records = np.fromfile(path, np.uint8).reshape(size, record)
     return Split(_to_nhwc(records[:, archive.label_bytes :]), records[:, archive.label_bytes - 1].astype(np.int32))

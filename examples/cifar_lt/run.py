@@ -101,6 +101,6 @@ def run(config: Config, command: str, console: Console) -> dict[str, Any]:
 def _shown(line: dict[str, Any]) -> str:
     accuracy = f"  top-1 {line['top1']:.1f} %" if "top1" in line else ""
     return (
-        f"loss {float(line['loss']):.3f}  risk {float(line['risk']):.3f}  ess {float(line['ess']):.0%}  lr {line['lr']:.2g}  "
-        f"λ {float(line['temperature']):.3g}{accuracy}"
+        f"loss {float(line['loss']):.3f}  risk {float(line['risk']):.3f}  ess {float(line['ess']):.0%}  "
+        f"lr {line['lr']:.2g}  λ {float(line['temperature']):.3g}{accuracy}"
     )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +12,17 @@ import optax
 import pytest
 from flax import nnx
 
-import absgd_jax
 from examples.cifar_lt.augment import MEAN, STD, crop_and_flip, normalise, pad
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.conv import conv3x3
-from examples.cifar_lt.models import ResNet, shortcut
+from examples.cifar_lt.models import ConvNorm, ResNet, shortcut
 from examples.cifar_lt.objective import make_objective
 from examples.cifar_lt.schedule import make_learning_rate, temperature_rules
-from examples.cifar_lt.train import Data, make_functions
+from examples.cifar_lt.train import Data, Functions, make_functions
 
 COUNTS = np.array([12, 10, 9, 8, 7, 6, 5, 4, 4, 3])  # 68 images: 4 steps of 16, 4 images dropped
-TINY = dataclasses.replace(CONFIGS["smoke"], batch_size=16, epochs=5, width=2)
+TINY = dataclasses.replace(CONFIGS["smoke"], batch_size=16, epochs=5, width=2, temperature=1.0)
+STEPS = 4
 
 
 @pytest.mark.parametrize(
@@ -32,17 +34,19 @@ def test_parameter_counts_are_the_published_ones(depth, count):
 
 
 def test_shapes_and_cosines():
-    model = ResNet(8, 100, width=4, cosine=True, rngs=nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    cosines = model(images, train=True)
+    @jax.jit
+    def cosines_of(images):
+        return ResNet(8, 100, width=2, cosine=True, rngs=nnx.Rngs(jax.random.key(0)))(images, train=True)
+
+    cosines = cosines_of(jax.random.normal(jax.random.key(0), (2, 32, 32, 3)))
     assert cosines.shape == (2, 100)
     assert float(jnp.max(jnp.abs(cosines))) <= 1 + 1e-6
-    with pytest.raises(ValueError, match="depth=9.*6n \\+ 2"):
+    with pytest.raises(ValueError, match=r"depth=9.*6n \+ 2"):
         ResNet(9, 10, rngs=nnx.Rngs(0))
 
 
 def test_initialisation_is_he():
-    kernel = ResNet(8, 10, width=64, rngs=nnx.Rngs(0)).blocks[0].first.kernel[...]
+    kernel = ConvNorm(64, 64, rngs=nnx.Rngs(0)).kernel[...]
     assert float(jnp.std(kernel)) == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
 
 
@@ -108,7 +112,13 @@ def test_normalisation():
 
 def test_the_paper_s_schedule():
     paper = dataclasses.replace(CONFIGS["paper"], temperature=2.0)
-    assert (paper.depth, paper.epochs, paper.batch_size, paper.momentum, paper.weight_decay) == (32, 200, 128, 0.9, 2e-4)
+    assert (paper.depth, paper.epochs, paper.batch_size, paper.momentum, paper.weight_decay) == (
+        32,
+        200,
+        128,
+        0.9,
+        2e-4,
+    )
     steps = 96
     rate, rule = make_learning_rate(paper, steps), temperature_rules(paper, steps)[0]
     for epoch, expected in [(0, 0.02), (3, 0.08), (4, 0.1), (159, 0.1), (160, 1e-3), (179, 1e-3), (180, 1e-5)]:
@@ -143,112 +153,129 @@ def data():
     return Data(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
 
 
+class Compiled(NamedTuple):
+    functions: Functions
+    init: Any
+    step: Any
+    train_epoch: Any
+    evaluate: Any
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    functions = make_functions(TINY, COUNTS)
+    init, step, evaluate = jax.jit(functions.init), jax.jit(functions.step), jax.jit(functions.evaluate)
+    return Compiled(functions, init, step, jax.jit(functions.train_epoch), evaluate)
+
+
+def tiny_network():
+    model = nnx.eval_shape(lambda key: ResNet(8, 10, width=2, rngs=nnx.Rngs(key)), jax.random.key(0))
+    return nnx.split(model, nnx.Param, nnx.BatchStat)[0]
+
+
+def in_second_stage(state, temperature):
+    """A state as the first stage hands it over."""
+    absgd_state = state.opt_state[0]._replace(count=jnp.int32(4 * STEPS), temperature=jnp.float32(temperature))
+    return state._replace(epoch=jnp.int32(4), opt_state=(absgd_state, *state.opt_state[1:]))
+
+
 def close(a, b, **tolerance):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
-@pytest.mark.parametrize("changes", [{"temperature": 1.0}, {"kl_radius": 0.5}], ids=["absgd", "kl-radius"])
-def test_the_compiled_epoch_is_its_steps_in_a_loop(data, changes):
-    config = dataclasses.replace(TINY, **changes)
-    functions, rules = make_functions(config, COUNTS), temperature_rules(config, 4)
-    train_epoch, step = jax.jit(functions.train_epoch), jax.jit(functions.step)
-    state = jax.jit(functions.init)(0)._replace(epoch=jnp.int32(4))  # the second stage
-    opt_state = state.opt_state[0]._replace(count=jnp.int32(16), temperature=rules[1](16) if callable(rules[1]) else jnp.float32(jnp.inf))
-    state = state._replace(opt_state=(opt_state, *state.opt_state[1:]))
-    end, metrics = train_epoch(state, data, rules[1])
+@pytest.mark.parametrize("method", ["absgd", "kl-radius"])
+def test_the_compiled_epoch_is_its_steps_in_a_loop(compiled, data, method):
+    if method == "absgd":
+        rule, start = temperature_rules(TINY, STEPS)[1], 1.0
+    else:
+        config = dataclasses.replace(TINY, temperature=math.inf, kl_radius=0.5)
+        (first, rule), start = temperature_rules(config, STEPS), math.inf
+        assert first == math.inf
+    state = in_second_stage(compiled.init(0), start)
+    end, metrics = compiled.train_epoch(state, data, rule)
 
-    batches, keys = functions.plan(state, 68)
+    batches, keys = compiled.functions.plan(state, 68)
     assert len(np.unique(batches)) == batches.size == 64
     losses, sizes = [], []
     for batch, key in zip(batches, keys, strict=True):
         images = normalise(crop_and_flip(pad(data.images), batch, key))
-        state, seen = step(state, images, data.labels[batch], rules[1])
+        state, seen = compiled.step(state, images, data.labels[batch], rule)
         losses.append(float(seen.loss))
         sizes.append(float(seen.ess))
-    close(end.params, state.params, rtol=1e-4, atol=1e-6)
-    close(end.batch_stats, state.batch_stats, rtol=1e-4, atol=1e-6)
-    close(end.opt_state, state.opt_state, rtol=1e-4, atol=1e-5)
+    close(end.params, state.params, rtol=1e-3, atol=1e-5)
+    close(end.batch_stats, state.batch_stats, rtol=1e-3, atol=1e-5)
+    close(end.opt_state, state.opt_state, rtol=1e-3, atol=1e-4)
     assert int(end.epoch) == 5
-    assert float(metrics.loss) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert float(metrics.ess) == pytest.approx(np.mean(sizes), rel=1e-4)
+    assert float(metrics.loss) == pytest.approx(np.mean(losses), rel=1e-4)
+    assert float(metrics.ess) == pytest.approx(np.mean(sizes), rel=1e-3)
     assert 0 < float(metrics.ess) < 1
-    assert float(metrics.lr) == pytest.approx(1e-3, rel=1e-5)  # 0.1 after two decays by 0.1
+    assert 0 < float(metrics.temperature) < math.inf
+    assert float(metrics.lr) == pytest.approx(0.01)  # one decay by 0.1
 
 
-def test_a_step_at_infinity_is_momentum_sgd_of_the_mean(data):
-    functions, rule = make_functions(TINY, COUNTS), temperature_rules(TINY, 4)[0]
-    state = jax.jit(functions.init)(0)
-    images, labels = normalise(data.images[::4]), data.labels[::4]
-    graphdef, *_ = nnx.split(ResNet(8, 10, width=2, rngs=nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+def test_a_step_at_infinity_is_momentum_sgd_of_the_mean(compiled, data):
+    rule = temperature_rules(TINY, STEPS)[0]
+    state, graphdef = compiled.init(0), tiny_network()
+    images, labels = normalise(data.images[:64:4]), data.labels[:64:4]
 
-    def mean_loss(params, batch_stats):
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def gradient(params, batch_stats):
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
         logits = model(images, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), nnx.state(model, nnx.BatchStat)
 
     params, stats = state.params, state.batch_stats
     momentum = jax.tree.map(jnp.zeros_like, params)
-    step = jax.jit(functions.step)
-    gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
     for _ in range(2):
         (loss, stats), grads = gradient(params, stats)
         momentum = jax.tree.map(lambda m, g, p: 0.9 * m + g + 2e-4 * p, momentum, grads, params)
-        params = jax.tree.map(lambda p, m: p - 0.1 * m, params, momentum)  # one epoch of warm-up: 0.1 at once
-        state, metrics = step(state, images, labels, rule)
-        assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
+        params = jax.tree.map(lambda p, m: p - 0.1 * m, params, momentum)  # the only epoch of warm-up has 0.1 at once
+        state, metrics = compiled.step(state, images, labels, rule)
+        assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-4)
         assert float(metrics.ess) == pytest.approx(1)
     close(state.params, params, rtol=1e-3, atol=1e-5)
     close(state.batch_stats, stats, rtol=1e-3, atol=1e-5)
 
 
-def test_epochs_reduce_the_loss_and_draw_other_batches(data):
-    config = dataclasses.replace(TINY, learning_rate=0.05, width=4)
-    functions, rule = make_functions(config, COUNTS), temperature_rules(config, 4)[0]
-    state, train_epoch = jax.jit(functions.init)(0), jax.jit(functions.train_epoch, donate_argnums=0)
-    losses, plans = [], []
+def test_epochs_reduce_the_loss_and_draw_other_batches(compiled, data):
+    rule, programs = temperature_rules(TINY, STEPS)[0], compiled.train_epoch._cache_size()
+    state, losses, plans = compiled.init(0), [], []
     for _ in range(4):
-        plans.append(np.asarray(functions.plan(state, 68)[0]))
-        state, metrics = train_epoch(state, data, rule)
+        plans.append(np.asarray(compiled.functions.plan(state, 68)[0]))
+        state, metrics = compiled.train_epoch(state, data, rule)
         losses.append(float(metrics.loss))
     assert losses[-1] < losses[0]
     assert not np.array_equal(plans[0], plans[1])
     assert set(plans[0].ravel()) != set(plans[1].ravel())  # another set of examples is dropped
-    assert train_epoch._cache_size() == 1  # nothing is compiled again
+    assert compiled.train_epoch._cache_size() <= programs + 1  # nothing is compiled between epochs
 
 
-def test_evaluation_counts_each_example_once(data):
-    functions = make_functions(TINY, COUNTS)
-    state = jax.jit(functions.init)(0)
-    correct = jax.jit(functions.evaluate)(state, data)
-    graphdef, *_ = nnx.split(ResNet(8, 10, width=2, rngs=nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
-    model = nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
-    hits = np.argmax(model(normalise(data.images), train=False), -1) == np.asarray(data.labels)
-    assert correct.tolist() == np.bincount(np.asarray(data.labels), hits, minlength=10).tolist()
+def test_evaluation_counts_each_example_once(compiled, data):
+    state = compiled.init(0)
+
+    @jax.jit
+    def guesses(images):
+        model = nnx.merge(tiny_network(), state.params, state.batch_stats, copy=True)
+        return jnp.argmax(model(normalise(images), train=False), -1)
+
+    labels = np.asarray(data.labels)
+    hits = np.bincount(labels, np.asarray(guesses(data.images)) == labels, minlength=10)
+    assert compiled.evaluate(state, data).tolist() == hits.tolist()
+    assert hits.sum() > 0
 
 
-def test_seeds_and_temperatures_can_be_vectorised(data):
-    config = dataclasses.replace(TINY, temperature=1.0, epochs=1, batch_size=32)
-    functions, (rule, _) = make_functions(config, COUNTS), temperature_rules(config, 2)
-    rules = jax.tree.map(lambda *x: jnp.stack(x), *(_with_temperature(rule, t) for t in (0.5, 2.0)))
-    states = jax.vmap(functions.init)(jnp.arange(2))
-    _, metrics = jax.jit(jax.vmap(functions.train_epoch, (0, None, 0)))(states, data, rules)
-    for i, temperature in enumerate((0.5, 2.0)):
-        alone = jax.jit(functions.train_epoch)(functions.init(i), data, _with_temperature(rule, temperature))[1]
-        assert float(metrics.loss[i]) == pytest.approx(float(alone.loss), rel=1e-3)
+def test_seeds_and_temperatures_can_be_vectorised(compiled, data):
+    start = jnp.int32(0)
+    rules = [jax.tree_util.Partial(temperature_rules(TINY, STEPS)[0].func, jnp.float32(t), start) for t in (0.5, 2.0)]
+    states = [in_second_stage(compiled.init(seed), t) for seed, t in enumerate((0.5, 2.0))]
 
+    def stack(trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
-def _with_temperature(rule, temperature):
-    _, start = rule.args
-    return jax.tree_util.Partial(rule.func, jnp.float32(temperature), jnp.int32(start))
-
-
-def test_kl_radius_follows_the_state_of_the_first_stage(data):
-    config = dataclasses.replace(TINY, kl_radius=0.5)
-    functions, (first, second) = make_functions(config, COUNTS), temperature_rules(config, 4)
-    train_epoch = jax.jit(functions.train_epoch)
-    state, metrics = train_epoch(jax.jit(functions.init)(0), data, first)
-    assert math.isinf(metrics.temperature)
-    state, metrics = train_epoch(state, data, second)
-    assert 0 < float(metrics.temperature) < math.inf
-    assert isinstance(state.opt_state[0], absgd_jax.ScaleByAbsgdState)
+    vectorised = jax.jit(jax.vmap(compiled.functions.train_epoch, (0, None, 0)))
+    _, together = vectorised(stack(states), data, stack(rules))
+    alone = stack([compiled.train_epoch(state, data, rule)[1] for state, rule in zip(states, rules, strict=True)])
+    close(together, alone, rtol=1e-2)
+    assert together.temperature.tolist() == [0.5, 2.0]
