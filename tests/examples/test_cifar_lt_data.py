@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -166,7 +167,9 @@ def test_a_download_that_fails_is_told(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory):
-    return write_cifar10(tmp_path_factory.mktemp("data"))
+    folder = write_cifar10(tmp_path_factory.mktemp("data"))
+    yield folder
+    shutil.rmtree(folder)  # 180 MB
 
 
 def test_long_tail_counts_are_the_published_ones():
