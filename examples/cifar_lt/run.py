@@ -16,7 +16,7 @@ from examples.cifar_lt.environment import hardware, versions
 from examples.cifar_lt.imbalance import groups
 from examples.cifar_lt.schedule import steps_per_epoch, temperature_rules
 from examples.cifar_lt.subsets import training_and_held_out
-from examples.cifar_lt.train import Data, make_functions
+from examples.cifar_lt.train import Data, make_functions, take_over
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -59,6 +59,7 @@ def run(config: Config, command: str, console: Console) -> dict[str, Any]:
     ):
         state = checkpoint.restore(manager, jax.jit(functions.init)(config.seed))
         first, log = int(state.epoch), folder / "metrics.jsonl"
+        state = take_over(state, rules[first >= config.second_stage])
         lines = checkpoint.read_metrics(log, first)
         task = progress.add_task(folder.name, total=config.epochs, completed=first, shown="compiling")
         for epoch in range(first, config.epochs):

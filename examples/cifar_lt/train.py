@@ -147,3 +147,16 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
         return jax.lax.scan(body, jnp.zeros(config.classes, jnp.int32), places)[0]
 
     return Functions(init, plan, step, train_epoch, evaluate)
+
+
+def take_over(state: State, temperature: Any) -> State:
+    """A state that another rule for λ may have left, with the λ that ``temperature`` gives to its next step.
+
+    The state holds the λ of the next step, and of a run that branches off from one of SGD that would still be ∞. A KL
+    radius leaves ∞ by itself.
+    """
+    if not callable(temperature):
+        return state
+    first, *rest = state.opt_state
+    first = first._replace(temperature=jnp.asarray(temperature(first.count), first.temperature.dtype))
+    return state._replace(opt_state=(first, *rest))
