@@ -119,7 +119,8 @@ def download(archive: Archive, data_dir: Path) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{data_dir} has no folder {archive.folder}, and {archive.url} could not be downloaded ({reason}). "
-            f"Download it elsewhere, unpack it into {data_dir}, or name the folder that holds {archive.folder} with --data-dir."
+            f"Download it elsewhere, unpack it into {data_dir}, or name the folder that holds {archive.folder} with "
+            "--data-dir."
         ) from None
 
 

@@ -18,7 +18,7 @@ from examples.cifar_lt.conv import conv3x3
 from examples.cifar_lt.models import ConvNorm, ResNet, shortcut
 from examples.cifar_lt.objective import make_objective
 from examples.cifar_lt.schedule import make_learning_rate, temperature_rules
-from examples.cifar_lt.train import Data, Functions, make_functions
+from examples.cifar_lt.train import Data, Functions, make_functions, take_over
 
 COUNTS = np.array([12, 10, 9, 8, 7, 6, 5, 4, 4, 3])  # 68 images: 4 steps of 16, 4 images dropped
 TINY = dataclasses.replace(CONFIGS["smoke"], batch_size=16, epochs=5, width=2, temperature=1.0)
@@ -232,6 +232,18 @@ def test_a_step_at_infinity_is_momentum_sgd_of_the_mean(compiled, data):
         assert float(metrics.ess) == pytest.approx(1)
     close(state.params, params, rtol=1e-3, atol=1e-5)
     close(state.batch_stats, stats, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_that_branches_off_sgd_is_the_run_from_the_start(compiled, data):
+    two_stages = temperature_rules(TINY, STEPS)[0].func
+    sgd, absgd = (jax.tree_util.Partial(two_stages, jnp.float32(t), jnp.int32(STEPS)) for t in (math.inf, 0.5))
+    straight, _ = compiled.train_epoch(compiled.init(0), data, absgd)
+    branched, _ = compiled.train_epoch(compiled.init(0), data, sgd)
+    assert float(branched.opt_state[0].temperature) == math.inf
+    branched = take_over(branched, absgd)
+    ends = [compiled.train_epoch(state, data, absgd)[0] for state in (straight, branched)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert take_over(ends[0], math.inf) is ends[0]  # what is no schedule needs nothing
 
 
 def test_epochs_reduce_the_loss_and_draw_other_batches(compiled, data):
