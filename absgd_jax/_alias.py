@@ -19,7 +19,7 @@ def absgd(
     .. math::
         v_{t+1} = \mu v_t + \tfrac1B \sum_i \tilde p_i \nabla L_i + \omega w_t, \qquad w_{t+1} = w_t - \eta v_{t+1}
 
-    At ``temperature=float("inf")`` it is momentum SGD, bit for bit.
+    At ``temperature=float("inf")`` it is momentum SGD, bit for bit but for what the compiler fuses.
 
     Args:
       learning_rate: η, a number, an array or a schedule.

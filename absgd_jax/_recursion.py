@@ -55,7 +55,7 @@ def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> 
     def current_temperature(state):
         if isinstance(temperature, KlRadius):
             return state.temperature
-        return jnp.asarray(temperature_at(state.count), state.risk.dtype)
+        return jnp.array(temperature_at(state.count), state.risk.dtype)  # a copy: the caller may donate it
 
     def current_gamma(state, lam):
         """γ and 1 - γ."""
