@@ -35,7 +35,7 @@ class State(NamedTuple):
 
     params: Any
     batch_stats: Any
-    opt_state: optax.OptState
+    opt_state: Any  # of absgd: a tuple that begins with ABSGD's own state
     key: jax.Array  # the seed's; epoch e draws from fold_in(key, e)
     epoch: jax.Array  # shape=(), dtype=int32; epochs done
 
