@@ -16,7 +16,7 @@ from examples.readme import fill
 
 matplotlib.use("Agg")
 HERE = Path(__file__).parent
-NAMES = {"sgd": "SGD", "absgd": "ABSGD λ", "kl-radius": "ABSGD KL radius"}
+NAMES = {"sgd": "SGD", "absgd": "ABSGD", "kl-radius": "ABSGD in a KL ball"}
 COLOURS = {"sgd": "#666666", "absgd": "#0072B2", "kl-radius": "#D55E00"}  # told apart by colour-blind eyes too
 
 

@@ -106,14 +106,15 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
             params, images, labels, state=opt_state, batch_stats=batch_stats, epoch=epoch
         )
         updates, opt_state = make_optimizer(temperature).update(grads, opt_state, params, value=risk, kl=kl)
+        state = State(optax.apply_updates(params, updates), batch_stats, opt_state, key, epoch)
         metrics = Metrics(
             loss=jnp.mean(losses),
-            risk=opt_state[0].risk,
+            risk=state.opt_state[0].risk,
             ess=absgd_jax.effective_sample_size(jax.nn.softmax(losses / now.temperature)) / losses.size,
             temperature=now.temperature,
-            lr=learning_rate(now.count),
+            lr=jnp.asarray(learning_rate(now.count)),
         )
-        return State(optax.apply_updates(params, updates), batch_stats, opt_state, key, epoch), metrics
+        return state, metrics
 
     def plan(state, size):
         order_key, steps_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.epoch))
