@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/.examples ## SGD against ABSGD on digits: table, figure, JSON under results/ (about a minute)
+demo: .venv/.examples ## SGD against ABSGD on digits: table, figure, JSON under results/ (half a minute)
 	$(BIN)/python -m examples.digits.main
 
 test: .venv/.test ## the tests, with coverage

@@ -14,13 +14,17 @@ WORKER = Path(__file__).with_name("process_worker.py")
 
 def launch(rank, count, port):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    arguments = [sys.executable, str(WORKER), str(rank), str(count), str(port)]
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True, cwd=WORKER.parents[1])
+    arguments = [sys.executable, "-W", "error", str(WORKER), str(rank), str(count), str(port)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, env=environment, cwd=WORKER.parents[1], **pipes)
 
 
 def results(processes):
     try:
-        return [json.loads(p.communicate(timeout=180)[0].splitlines()[-1]) for p in processes]
+        outputs = [p.communicate(timeout=180) for p in processes]
+        for p, (_, errors) in zip(processes, outputs, strict=True):
+            assert p.returncode == 0, errors
+        return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     finally:
         for p in processes:
             p.kill()

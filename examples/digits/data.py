@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 CLASSES = 10
+SPLIT = 1  # the settings themselves were chosen on split 0
 
 
 class Split(NamedTuple):
@@ -17,11 +18,11 @@ class Split(NamedTuple):
 
 
 def load() -> tuple[Split, Split, Split]:
-    """Training, validation and test split: 60, 20 and 20 % of every class, the same in every run."""
-    x, y = load_digits(return_X_y=True)
+    """Training, validation and test split: 1077, 360 and 360 images, stratified, the same in every run."""
+    x, y = map(np.asarray, load_digits(return_X_y=True))
     x = (x / 16).astype(np.float32)
-    train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
-    validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)
+    train, rest = train_test_split(np.arange(len(y)), test_size=720, stratify=y, random_state=SPLIT)
+    validation, test = train_test_split(rest, test_size=360, stratify=y[rest], random_state=SPLIT)
     train, validation, test = (Split(x[i], y[i]) for i in (train, validation, test))
     return train, validation, test
 

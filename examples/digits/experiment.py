@@ -3,17 +3,21 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.typing import ArrayLike
+from rich.progress import Progress
 
 import absgd_jax
 from examples.digits.data import CLASSES, Split, load, long_tail, stream, wrong_labels
-from examples.digits.train import Data, make_run
+from examples.digits.train import Data, History, make_run
 
 TUNING_SEEDS = range(1000, 1003)
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+TOGETHER = 20  # runs in one call; one program for tuning and testing, since compiling takes longer than training
 INFINITE = (float("inf"),)
 
 
@@ -47,7 +51,7 @@ SETTINGS = (
         corrupt=stream,
         watched="rare classes",
         temperatures=(4.0, 2.0, 1.0, 0.5),
-        radii=(0.1, 0.3, 0.6, 1.0),
+        radii=(0.3, 0.6, 1.0, 2.0),
     ),
     Setting(
         name="noise",
@@ -79,35 +83,45 @@ def draw(setting: Setting, train: Split, seeds: Sequence[int]) -> Data:
         split = setting.corrupt(train, np.random.default_rng(seed))
         special = split.y >= CLASSES // 2 if setting.corrupt is not wrong_labels else split.y != train.y
         sets.append(Data(split.x, split.y, special.astype(np.float32)))
-    return Data(*(jnp.stack(field) for field in zip(*sets, strict=True)))
+    return Data(*map(np.stack, zip(*sets, strict=True)))
 
 
-def run(setting: Setting, seeds: Sequence[int], rates: Sequence[float] = RATES) -> dict[str, Any]:
+def every(program, evaluation: Split, seeds: Sequence[int], data: Data, choices: Sequence[tuple], track) -> History:
+    """The History, with axes (choice, seed, record), of every choice (learning rate, value) with every seed."""
+    runs = np.array([(i, *choice) for choice in choices for i in range(len(seeds))])
+    parts = []
+    for begin in track(range(0, len(runs), TOGETHER)):
+        part = runs[np.minimum(np.arange(begin, begin + TOGETHER), len(runs) - 1)]  # the last one is filled up
+        i = part[:, 0].astype(int)
+        own_data = jax.tree.map(lambda field, i=i: field[i], data)
+        parts.append(program(evaluation, np.asarray(seeds)[i], own_data, *part[:, 1:].T.astype(np.float32)))
+    shape = len(choices), len(seeds)
+    return jax.tree.map(lambda *a: np.concatenate(a)[: len(runs)].reshape(*shape, *a[0].shape[1:]), *parts)
+
+
+def run(setting: Setting, seeds: Sequence[int], rates: Sequence[float], progress: Progress) -> dict[str, Any]:
     """Every method of a setting: learning rate and temperature from the validation split, then tested once.
 
     SGD chooses from the same learning rates as ABSGD. Tuning and testing have different seeds and training subsets.
     """
-    train, *held_out = load()
-    validation, test = (Split(*map(jnp.asarray, split)) for split in held_out)
-    data = draw(setting, train, seeds)
-    tuning_data = draw(setting, train, TUNING_SEEDS)
+    train, validation, test = load()
+    data, tuning_data = (draw(setting, train, of) for of in (seeds, TUNING_SEEDS))
 
-    families = [(lambda value: value, {"SGD": INFINITE, "ABSGD λ": setting.temperatures})]
+    families: list[tuple[Callable, dict]] = [(lambda lam: lam, {"SGD": INFINITE, "ABSGD λ": setting.temperatures})]
     if setting.radii:
         families.append((absgd_jax.kl_radius, {"ABSGD KL radius": setting.radii}))
     methods = {}
     for rule, members in families:
+        program = make_run(setting, rule)
+        tune, final = (partial(progress.track, description=f"{setting.title}: {step}") for step in ("tune", "test"))
         choices = {name: list(itertools.product(rates, values)) for name, values in members.items()}
-        tuning = make_run(setting, validation, rule)
-        history = tuning(jnp.array(TUNING_SEEDS), tuning_data, *jnp.array([*itertools.chain(*choices.values())]).T)
-        scores = iter(np.asarray(history.accuracy[:, :, -1].mean((-1, -2))).tolist())
+        tuning = every(program, validation, TUNING_SEEDS, tuning_data, list(itertools.chain(*choices.values())), tune)
+        scores = iter(tuning.accuracy[:, :, -1].mean((-1, -2)).tolist())
         graded = {name: [(next(scores), choice) for choice in tried] for name, tried in choices.items()}
         best = {name: max(grades) for name, grades in graded.items()}
-        tested = make_run(setting, test, rule)(
-            jnp.array(seeds), data, *jnp.array([choice for _, choice in best.values()]).T
-        )
+        tested = every(program, test, seeds, data, [choice for _, choice in best.values()], final)
         for i, (name, (score, (rate, value))) in enumerate(best.items()):
-            accuracy = np.asarray(tested.accuracy[i])  # seed, record, class
+            accuracy = tested.accuracy[i]  # seed, record, class
             final = accuracy[:, -1]
             methods[name] = {
                 "learning_rate": rate,
@@ -121,8 +135,8 @@ def run(setting: Setting, seeds: Sequence[int], rates: Sequence[float] = RATES) 
                 "accuracy_per_seed": final.mean(-1).round(3).tolist(),
                 "per_class": final.mean(0).round(2).tolist(),
                 "accuracy_by_record": accuracy.mean((0, 2)).round(2).tolist(),
-                "sample_size_by_record": np.asarray(tested.sample_size[i].mean(0)).round(4).tolist(),
-                "weight_by_record": np.asarray(tested.weight[i].mean(0)).round(4).tolist(),
+                "sample_size_by_record": tested.sample_size[i].mean(0).round(4).tolist(),
+                "weight_by_record": tested.weight[i].mean(0).round(4).tolist(),
             }
     return {
         "title": setting.title,
@@ -136,5 +150,5 @@ def run(setting: Setting, seeds: Sequence[int], rates: Sequence[float] = RATES) 
     }
 
 
-def _mean_std(x: np.ndarray) -> list[float]:
-    return [round(float(np.mean(x)), 3), round(float(np.std(x, ddof=1)) if len(x) > 1 else 0.0, 3)]
+def _mean_std(x: ArrayLike) -> list[float]:
+    return [round(float(np.mean(x)), 3), round(float(np.std(x, ddof=1)) if np.size(x) > 1 else 0.0, 3)]

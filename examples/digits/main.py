@@ -39,14 +39,9 @@ class Options:
 def main(options: Options, settings=SETTINGS, rates=RATES) -> None:
     """Runs the settings one after another and writes what they gave."""
     console, began, seeds = Console(), time.perf_counter(), list(range(options.seeds))
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results = {}
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(settings))
-        for setting in settings:
-            progress.update(task, description=setting.title)
-            results[setting.name] = run(setting, seeds, rates)
-            progress.advance(task)
+    columns = (TextColumn("{task.description:<38}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        results = {setting.name: run(setting, seeds, rates, progress) for setting in settings}
     result = {
         "command": "python -m examples.digits.main",
         "seconds": round(time.perf_counter() - began, 1),

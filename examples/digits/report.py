@@ -77,7 +77,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
             axis.set_xlim(0 if setting["records_per_pass"] > 1 else 1, passes[-1])
         top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
         top.set_ylim(0, 100)
-        top.legend(frameon=False, loc="lower right", handlelength=1.6, fontsize=8)
+        top.legend(facecolor="white", edgecolor="none", framealpha=1, loc="lower right", handlelength=1.6, fontsize=8)
         middle.set_xlabel("class, from frequent to rare" if setting["watched"] == "rare classes" else "class")
         middle.set_xticks(range(len(m["per_class"])))
         middle.set_ylim(0, 100)

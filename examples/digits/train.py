@@ -2,11 +2,12 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 import absgd_jax
 from examples.digits import models
@@ -16,9 +17,9 @@ from examples.digits.data import CLASSES
 class Data(NamedTuple):
     """A training set; ``special`` marks the examples whose weights are watched (rare classes, wrong labels)."""
 
-    x: jax.Array
-    y: jax.Array
-    special: jax.Array
+    x: ArrayLike
+    y: ArrayLike
+    special: ArrayLike
 
 
 class History(NamedTuple):
@@ -58,7 +59,8 @@ def train(carry, data, evaluation, key, *, learning_rate, temperature, batch_siz
         weights = jax.nn.softmax(losses / lam)
         fraction = absgd_jax.effective_sample_size(weights) / batch_size
         seen = jnp.stack([weights @ special, weights @ (1 - special), special.sum(), (1 - special).sum()])
-        return (optax.apply_updates(params, updates), state), (fraction, seen)
+        params: Any = optax.apply_updates(params, updates)
+        return (params, state), (fraction, seen)
 
     def record(carry, order):
         carry, (fraction, seen) = jax.lax.scan(step, carry, jax.tree.map(lambda a: a[order], data))
@@ -82,14 +84,13 @@ def start(seed, sizes):
     return (params, absgd_jax.absgd(lambda t: 0.0, jnp.inf).init(params)), later
 
 
-def make_run(setting, evaluation, rule):
-    """Compiles a function of (seeds, data, rates, values) whose History has the axes (choice, seed, record).
+def make_run(setting, rule):
+    """Compiles a function of (evaluation, seeds, data, rates, values), the last four with an axis of runs.
 
-    A choice is a learning rate with a value, of which ``rule`` makes a temperature. All choices and seeds are trained
-    together. The first stage, where there is one, is the same for all choices.
+    Its History has the axes (run, record). ``rule`` makes a temperature of a value. All runs are trained together.
     """
 
-    def one(seed, data, rate, value):
+    def one(evaluation, seed, data, rate, value):
         carry, key = start(seed, setting.sizes)
         stage = partial(train, data=data, evaluation=evaluation, batch_size=setting.batch_size)
         first, second = jax.random.split(key)
@@ -114,5 +115,4 @@ def make_run(setting, evaluation, rule):
         )
         return jax.tree.map(lambda *h: jnp.concatenate(h), *history, after)
 
-    seeds_together = jax.vmap(one, (0, 0, None, None))
-    return jax.jit(jax.vmap(seeds_together, (None, None, 0, 0)))
+    return jax.jit(jax.vmap(one, (None, 0, 0, 0, 0)))
