@@ -92,6 +92,7 @@ def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> 
 
         following = jnp.asarray(temperature_at(state.count + 1), dtype) if callable(temperature) else lam
         if isinstance(temperature, KlRadius):
+            factor = jnp.minimum(factor, 1)  # R lags behind a λ that falls
             kl = jnp.asarray(kl, dtype)
             seen &= jnp.isfinite(kl)
             following = jnp.where(seen, temperature.next_temperature(lam, kl), lam)

@@ -87,6 +87,10 @@ def kl_radius(rho: float, *, init: float = 1.0, step_size: float = 0.1, batch_si
     ``update(grads, state, params, value=risk, kl=kl)``, both from ``value_and_grad(..., with_kl=True)``. A state
     that is handed over at λ = ∞ (the first of two stages) starts at ``init``.
 
+    s_t lags behind while λ falls, the more so the smaller γ is, and batches would weigh up to 1/γ. So the mean weight
+    g̃/s of a batch is held at 1 where it is greater: a batch harder than the running risk is a softmax, an easier one
+    counts less.
+
     Args:
       rho: ρ, the radius in nats, between 0 and log(batch size). 0.3 is mild, 2 is strong.
       init: the first λ, in units of loss; negative for the mirrored form, which keeps a tilt of radius ρ away from

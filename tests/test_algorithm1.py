@@ -129,21 +129,34 @@ def test_adaptive_gamma_is_scents_recursion():
     np.testing.assert_allclose(states.risk, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.1, 0.9])
 @pytest.mark.parametrize("init", [2.0, -2.0])
-def test_kl_radius_is_the_mirror_step_and_reaches_its_radius(init):
+def test_kl_radius_is_the_mirror_step_and_reaches_its_radius(init, gamma):
     losses, _, _ = make_stream(64, np.float32)
     rho, step_size = 0.5, 0.2
     rule = absgd_jax.kl_radius(rho, init=init, step_size=step_size)
-    weighting = absgd_jax.weight_by_absgd(rule)
-    _, states = jax.lax.scan(lambda s, x: (weighting.update(x, s)[1],) * 2, weighting.init(), losses)
-    lam, expected, kls = init, [], []
+    weighting = absgd_jax.weight_by_absgd(rule, gamma)
+
+    def step(state, batch):
+        weights, state = weighting.update(batch, state)
+        return state, (weights.mean(), state)
+
+    _, (means, states) = jax.lax.scan(step, weighting.init(), losses)
+    lam, risk, mass, expected, expected_means, kls = init, 0.0, 0.0, [], [], []
     for batch in losses.astype(np.float64):
         p = np.exp((batch - batch.mean()) / lam)
+        g = np.exp(batch / lam).mean()
+        s = (1 - gamma) * mass * np.exp(risk / lam) + gamma * g
+        mass = (1 - gamma) * mass + gamma
+        risk = lam * np.log(s / mass)
+        expected_means.append(min(1, g / s))
         p /= p.sum()
         kls.append(np.sum(p * np.log(p * p.size)))
         lam *= np.exp(step_size * (kls[-1] - rho))
         expected.append(lam)
     np.testing.assert_allclose(states.temperature, expected, rtol=1e-4)
+    np.testing.assert_allclose(means, expected_means, rtol=1e-3)
+    assert 0 < np.sum(np.equal(expected_means, 1)) < len(expected_means)  # the bound is met, and not always
     assert np.mean(kls[100:]) == pytest.approx(rho, rel=0.05)
 
 

@@ -21,7 +21,7 @@ from examples.cifar_lt.errors import UserError
 from examples.cifar_lt.run import run
 
 TEMPERATURES = (0.3, 1.0, 3.0)
-RADII = (0.1, 0.3, 1.0)
+RADII = (0.3, 1.0, 2.0)
 TUNING_SEED = 1000
 SGD = {"temperature": float("inf"), "kl_radius": None}
 RESULTS = Path(__file__).parent / "results"
