@@ -20,8 +20,8 @@ def scale_by_absgd(
         \quad \hat R_t = \lambda \log \tilde g_t
 
     s is kept as R = λ log s, in units of loss, which is finite for every λ. The mean weight g̃/s of a batch is at most
-    1/γ (1 with ``kl_radius``). At λ = ±inf gradients pass through bit for bit. When λ leaves ∞ the estimate starts afresh; any other change
-    of λ carries it over.
+    1/γ (1 with ``kl_radius``). At λ = ±inf gradients pass through bit for bit. When λ leaves ∞ the estimate starts
+    afresh; any other change of λ carries it over.
 
     A value that is not finite leaves the running risk as it was and lets the gradients pass, so that
     :func:`optax.apply_if_finite` around the whole chain discards the step and nothing is lost. So does the -0. that
