@@ -1,12 +1,15 @@
-"""What a run leaves on disk, so that it can be killed at any moment and continued by the same command.
+"""What runs leave on disk, so that they can be killed at any moment and continued by the same command.
 
-``config.json`` says whose folder it is, ``checkpoints/`` holds the state after the last epochs, ``metrics.jsonl`` has a
-line for each epoch, ``result.json`` the end. A file is complete or absent: each is written aside and then renamed.
+While runs train together their folder holds ``checkpoints/``, the state after the last epochs, and ``metrics.jsonl``, a
+line for each epoch. Then each leaves a folder of its own with its state and ``metrics.json``, and at the end a result.
+A file is complete or absent: each is written aside and then renamed.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +22,7 @@ Tree = TypeVar("Tree")
 
 
 def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -31,37 +35,28 @@ def _write(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Makes the folder this run's, or refuses one that belongs to another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.json"
+def claim(path: Path, identity: dict[str, Any]) -> None:
+    """Refuses the file of a result that belongs to a run with other settings."""
     if not path.exists():
-        write_json(path, identity)
         return
-    owner = json.loads(path.read_text())
+    try:
+        owner = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the result of a run. Choose another --out, or delete it.") from None
     changed = [k for k in sorted({*owner, *identity}) if owner.get(k) != identity.get(k)]
     if changed:
         differences = ", ".join(f"{k}: {owner.get(k)} there, {identity.get(k)} here" for k in changed)
-        raise UserError(
-            f"{folder} holds a run with other settings ({differences}). Choose another --out, or delete it."
-        )
+        raise UserError(f"{path} is of a run with other settings ({differences}). Choose another --out, or delete it.")
 
 
-def branch(source: Path, folder: Path, epoch: int) -> None:
-    """Makes ``folder`` a run that begins with the first epochs of ``source``, which kept its state after them."""
-    step = Path("checkpoints") / str(epoch)
-    if folder.exists() or not (source / step).exists():
-        return
-    aside = folder.with_suffix(".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source / step, aside / step)
-    shutil.copy(source / "metrics.jsonl", aside)
-    aside.replace(folder)
+def name_of(names: Sequence[str]) -> str:
+    """The name of the folder of runs while they train together."""
+    return "together-" + hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
-def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of a run; the last two are kept, and the one after ``keep`` epochs."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, keep_period=keep, enable_async_checkpointing=False)
+def open_manager(folder: Path) -> ocp.CheckpointManager:
+    """The checkpoints in a folder; the last two are kept."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
 
@@ -78,6 +73,35 @@ def restore(manager: ocp.CheckpointManager, state: Tree) -> Tree:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _numbered(state))
     leaves = manager.restore(latest, args=ocp.args.StandardRestore(abstract))
     return jax.tree.unflatten(jax.tree.structure(state), [leaves[k] for k in _numbered(state)])
+
+
+def finish(folder: Path, state: Any, metrics: list[dict[str, Any]]) -> None:
+    """Leaves the last state and the metrics of one run in a folder of its own."""
+    aside = folder.with_name(folder.name + ".tmp")
+    remove(aside)
+    with open_manager(aside) as manager:
+        save(manager, 0, state)
+    write_json(aside / "metrics.json", metrics)
+    remove(folder)
+    aside.replace(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "metrics.json").exists()
+
+
+def finished_metrics(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def load(folder: Path, state: Tree) -> Tree:
+    """The state that :func:`finish` has left, in the structure and with the shapes of ``state``."""
+    with open_manager(folder) as manager:
+        return restore(manager, state)
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _numbered(state: Any) -> dict[str, Any]:

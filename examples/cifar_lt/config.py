@@ -9,7 +9,10 @@ from examples.cifar_lt.errors import UserError
 
 Preset = Literal["smoke", "mini", "paper"]
 Loss = Literal["ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "balanced-softmax", "logit-adjustment"]
+Algorithm = Literal["absgd", "recover", "meta", "l2rw"]
+Classifier = Literal["joint", "ncm", "crt", "tau-norm", "lws"]
 PRESETS: tuple[str, ...] = get_args(Preset)
+LOSSES: tuple[str, ...] = get_args(Loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +46,28 @@ class Config:
     """Imbalance ratio ρ: the largest class over the smallest."""
     validation: float = 0.0
     """Fraction of each class held out, before the imbalance, to tune on. It is as balanced as the test set."""
+    symmetric_noise: float = 0.0
+    """Fraction of the training labels replaced by another class."""
+    human_labels: str | None = None
+    """Human labels of CIFAR-10N (aggre, worse, random1 to random3) or CIFAR-100N (noisy) to train on."""
     loss: Loss = "ce"
     """The per-example loss; cb- weighs the classes by effective number in the second stage."""
+    algorithm: Algorithm = "absgd"
+    """What takes the steps of the second stage: ABSGD (SGD at λ = ∞), RECOVER, or weights learnt by META or L2RW."""
     temperature: float = math.inf
     """λ of the second stage, in units of loss. inf is SGD."""
     kl_radius: float | None = None
     """Radius in nats: λ follows the losses so that the weights stay that far from uniform."""
     gamma: float = 0.9
-    """γ, the weight of the new batch in the running risk."""
+    """γ, the weight of the new batch in the running risk. 1 is the mini-batch softmax (TERM)."""
+    log_alpha: float | None = None
+    """log α of SCENT's rule, which sets γ by the running risk."""
+    start: int | None = None
+    """Epochs before λ becomes finite. By default the first stage."""
+    balanced_batches: bool = False
+    """Re-sampling: batches with as many images of each class, drawn with replacement."""
+    classifier: Classifier = "joint"
+    """A classifier fitted to the features at the end, in place of the one trained with them (Kang et al. 2019)."""
     learning_rate: float = 0.1
     """Learning rate between the warm-up and the first decay."""
     momentum: float = 0.9
@@ -63,6 +80,8 @@ class Config:
     """Seed of the subset (and the validation split)."""
     data_dir: Path = Path("data")
     """Folder that holds the unpacked official archives, or is to hold them."""
+    packed: Path | None = None
+    """Folder of packed images, in place of the archives; see sweep --pack."""
     out: Path | None = None
     """Folder of checkpoints, metrics and result. By default runs/ and a name made of the settings."""
 
@@ -79,8 +98,18 @@ class Config:
             "--validation must be at least 0 and less than 1": 0 <= self.validation < 1,
             "--temperature must be a number other than 0": self.temperature != 0 and not math.isnan(self.temperature),
             "--gamma must be above 0 and at most 1": 0 < self.gamma <= 1,
+            "--start must be at least 0 and less than --epochs": self.start is None or 0 <= self.start < self.epochs,
+            "--symmetric-noise must be at least 0 and less than 1": 0 <= self.symmetric_noise < 1,
+            "--human-labels and --symmetric-noise: choose one": not (self.human_labels and self.symmetric_noise),
             "--kl-radius finds its own λ: leave out --temperature": self.kl_radius is None
-            or self.method == "kl-radius",
+            or math.isinf(self.temperature),
+            "--algorithm recover needs a finite --temperature": self.algorithm != "recover"
+            or math.isfinite(self.temperature),
+            f"--algorithm {self.algorithm} weighs the examples itself: leave out --temperature and --kl-radius": (
+                self.algorithm not in ("meta", "l2rw") or (math.isinf(self.temperature) and self.kl_radius is None)
+            ),
+            "--classifier replaces a linear classifier, and LDAM's is none": self.classifier == "joint"
+            or not self.cosine,
         }
         if self.kl_radius is not None:
             limit = math.log(self.batch_size)
@@ -91,9 +120,47 @@ class Config:
 
     @property
     def method(self) -> str:
-        if math.isfinite(self.temperature):
-            return "absgd"
-        return "sgd" if self.kl_radius is None else "kl-radius"
+        """The method's name in tables and files."""
+        if self.classifier != "joint":
+            return self.classifier
+        if self.balanced_batches:
+            return "resample"
+        if self.algorithm != "absgd":
+            return self.algorithm
+        momentum = "" if self.momentum else "-no-momentum"
+        if self.kl_radius is not None:
+            return "kl-radius" + momentum
+        if math.isinf(self.temperature):
+            return "sgd" + momentum
+        if self.log_alpha is not None:
+            return "adaptive-gamma" + momentum
+        if self.gamma == 1:
+            return "term" + momentum
+        return "absgd" + momentum + ("-one-stage" if self.finite_from == 0 else "")
+
+    @property
+    def cosine(self) -> bool:
+        """Whether the classifier is normalised, which is what LDAM's margins are made for."""
+        return self.loss.removeprefix("cb-") == "ldam"
+
+    @property
+    def finite_from(self) -> int:
+        """The first epoch with a finite λ."""
+        return self.second_stage if self.start is None else self.start
+
+    @property
+    def column(self) -> str:
+        """The dataset's name in tables and files."""
+        noise = f"-sym{self.symmetric_noise:g}" if self.symmetric_noise else ""
+        noise += f"-{self.human_labels}" if self.human_labels else ""
+        return f"{self.dataset}-{'lt' if self.imbalance == 'lt' else 'st'}-{self.ratio:g}{noise}"
+
+    @property
+    def name(self) -> str:
+        """The name of the cell: method, loss, strength and seed."""
+        strength = f"-t{self.temperature:g}" if math.isfinite(self.temperature) else ""
+        strength += f"-r{self.kl_radius:g}" if self.kl_radius is not None else ""
+        return f"{self.method}-{self.loss}{strength}-s{self.seed}"
 
     @property
     def classes(self) -> int:
@@ -113,16 +180,11 @@ class Config:
         """Epochs over which the learning rate rises: 5, but never more than a quarter of them."""
         return min(5, self.epochs // 4)
 
-    @property
-    def folder(self) -> Path:
-        strength = {"sgd": "", "absgd": f"{self.temperature:g}", "kl-radius": f"{self.kl_radius}"}[self.method]
-        data = f"{self.dataset}-{self.imbalance}{self.ratio:g}" + ("-validation" if self.validation else "")
-        return self.out or Path("runs") / f"{data}-{self.preset}-{self.loss}-{self.method}{strength}-seed{self.seed}"
-
     def identity(self) -> dict[str, Any]:
         """What makes a run this run and no other, as JSON knows it: everything but where its files lie."""
         fields = dataclasses.asdict(self)
-        del fields["data_dir"], fields["out"]
+        for name in ("data_dir", "packed", "out"):
+            del fields[name]
         return {name: jsonable(value) for name, value in fields.items()}
 
 

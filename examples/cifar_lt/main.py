@@ -10,6 +10,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 from rich.console import Console
@@ -35,17 +36,20 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    console = Console()
+    console, folder = Console(), config.out or Path("runs") / f"{config.preset}-{config.column}-{config.name}"
     try:
-        result = run(config, f"python -m examples.cifar_lt.main {shlex.join(arguments)}", console)
+        command = f"python -m examples.cifar_lt.main {shlex.join(arguments)}"
+        result = run({config: folder / "result.json"}, folder, lambda _: command, console)[config]
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Stopped. The same command goes on after the last whole epoch.", file=sys.stderr)
         return 1
-    accuracy = f"test {result['top1']} %" if result["val_top1"] is None else f"validation {result['val_top1']} %"
-    console.print(f"{config.method}: {accuracy}, head {result['head']} %, tail {result['tail']} %; in {config.folder}")
+    accuracy = f"test {result['top1']} %, head {result['head']} %, tail {result['tail']} %"
+    if result["val_top1"] is not None:
+        accuracy = f"validation {result['val_top1']} %, {accuracy}"
+    console.print(f"{config.method}: {accuracy}; in {folder}")
     return 0
 
 

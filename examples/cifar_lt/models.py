@@ -86,7 +86,11 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits (or cosines), shape (N, classes), of normalised images, shape (N, 32, 32, 3)."""
+        return self.classifier(self.features(x, train=train))
+
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """What the classifier sees, shape (N, 4 * width)."""
         x = nnx.relu(self.stem(x, train=train))
         for block in self.blocks:
             x = block(x, train=train)
-        return self.classifier(jnp.mean(x, axis=(1, 2)))
+        return jnp.mean(x, axis=(1, 2))

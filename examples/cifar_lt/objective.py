@@ -9,31 +9,33 @@ import optax
 
 from absgd_jax import losses
 
-Objective = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+NAMES = ("ce", "focal", "ldam", "balanced-softmax", "logit-adjustment")
 
 
-def make_objective(name: str, class_counts: np.ndarray, second_stage: int) -> Objective:
-    """Makes ``objective(logits, labels, epoch)``, one loss per example.
+def make_objective(class_counts: np.ndarray) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Makes ``objective(index, logits, labels)``: one loss per example, that of ``NAMES[index]``.
 
-    Args:
-      name: of the loss. With the prefix ``cb-`` it is multiplied by the weight of the class, from the second stage on.
-      class_counts: training images of each class, shape (C,).
-      second_stage: the epoch in which the second stage begins.
+    The index may be traced, so that runs with different losses train together in one program: all losses of a batch
+    cost nothing beside its logits.
     """
     counts = jnp.asarray(class_counts, jnp.float32)
-    base = {
-        "ce": optax.softmax_cross_entropy_with_integer_labels,
-        "focal": losses.focal,
-        "ldam": lambda logits, labels: losses.ldam(logits, labels, counts),
-        "balanced-softmax": lambda logits, labels: losses.balanced_softmax(logits, labels, counts),
-        "logit-adjustment": lambda logits, labels: losses.logit_adjustment(logits, labels, counts),
-    }[name.removeprefix("cb-")]
-    if not name.startswith("cb-"):
-        return lambda logits, labels, epoch: base(logits, labels)
-    class_weights = losses.deferred_reweighting(losses.class_balanced_weights(counts), second_stage)
-    return lambda logits, labels, epoch: class_weights(epoch)[labels] * base(logits, labels)
+    branches = (
+        optax.softmax_cross_entropy_with_integer_labels,
+        losses.focal,
+        lambda logits, labels: losses.ldam(logits, labels, counts),
+        lambda logits, labels: losses.balanced_softmax(logits, labels, counts),
+        lambda logits, labels: losses.logit_adjustment(logits, labels, counts),
+    )
+    return lambda index, logits, labels: jax.lax.switch(index, branches, logits, labels)
 
 
-def needs_cosines(name: str) -> bool:
-    """Whether the loss is made for a normalised classifier."""
-    return name.removeprefix("cb-") == "ldam"
+def index_of(loss: str) -> int:
+    """The index of a loss; the prefix ``cb-`` says something about the class weights only."""
+    return NAMES.index(loss.removeprefix("cb-"))
+
+
+def class_weights(loss: str, class_counts: np.ndarray) -> np.ndarray:
+    """The weights of the classes, shape (C,), mean 1: by effective number with the prefix ``cb-``, else ones."""
+    if not loss.startswith("cb-"):
+        return np.ones(len(class_counts), np.float32)
+    return np.asarray(losses.class_balanced_weights(jnp.asarray(class_counts, jnp.float32)))

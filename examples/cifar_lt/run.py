@@ -1,7 +1,12 @@
-"""A run from its settings to its result: epochs, evaluations, checkpoints, metrics, a progress bar."""
+"""Runs from their settings to their results: segments in groups, checkpoints, metrics, a progress bar."""
 
+import dataclasses
 import json
+import math
 import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,13 +15,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from examples.cifar_lt import checkpoint
+from examples.cifar_lt import checkpoint, plan
 from examples.cifar_lt.config import Config, jsonable
 from examples.cifar_lt.environment import hardware, versions
 from examples.cifar_lt.imbalance import groups
-from examples.cifar_lt.schedule import steps_per_epoch, temperature_rules
-from examples.cifar_lt.subsets import training_and_held_out
-from examples.cifar_lt.train import Data, make_functions, take_over
+from examples.cifar_lt.plan import Segment
+from examples.cifar_lt.schedule import Hyper, make_hyper
+from examples.cifar_lt.subsets import Splits, prepare
+from examples.cifar_lt.train import Data, Functions, State, make_functions
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -26,82 +32,273 @@ COLUMNS = (
     TimeRemainingColumn(),
     TextColumn("{task.fields[shown]}"),
 )
+FEATURES_PER_CLASS = 100
 
 
-def run(config: Config, command: str, console: Console) -> dict[str, Any]:
-    """Trains to the end, from the last checkpoint where there is one, and returns (and writes) the result."""
-    folder = config.folder
-    checkpoint.claim(folder, config.identity())
-    done = folder / "result.json"
-    if done.exists():
-        return json.loads(done.read_text())
+class OutOfTimeError(Exception):
+    """The time that was given is over; the same command goes on."""
 
-    train, held_out, counts = training_and_held_out(config)
-    functions = make_functions(config, counts)
-    train, held_out = (Data(*map(jnp.asarray, split)) for split in (train, held_out))
-    held_out_counts = np.bincount(held_out.labels, minlength=config.classes)
-    rules = [jax.tree.map(jnp.asarray, rule) for rule in temperature_rules(config, steps_per_epoch(config, counts))]
-    compiled, compile_seconds = {}, 0.0
 
-    def call(name, *arguments, **options):
-        """Calls a function, compiled before, so that the time that takes is told apart."""
-        nonlocal compile_seconds
-        key = (name, jax.tree.structure(arguments))
-        if key not in compiled:
-            start = time.perf_counter()
-            compiled[key] = jax.jit(getattr(functions, name), **options).lower(*arguments).compile()
-            compile_seconds += time.perf_counter() - start
-        return compiled[key](*arguments)
+def run(
+    results: dict[Config, Path],
+    work: Path,
+    command: Callable[[Config], str],
+    console: Console,
+    *,
+    runs_together: int = 1,
+    deadline: float = math.inf,
+) -> dict[Config, dict[str, Any]]:
+    """Trains all runs to the end, from the last checkpoints where there are any; those with a result are finished.
 
-    with (
-        checkpoint.open_manager(folder, max(config.second_stage, 1)) as manager,
-        Progress(*COLUMNS, console=console) as progress,
-    ):
-        state = checkpoint.restore(manager, jax.jit(functions.init)(config.seed))
-        first, log = int(state.epoch), folder / "metrics.jsonl"
-        state = take_over(state, rules[first >= config.second_stage])
-        lines = checkpoint.read_metrics(log, first)
-        task = progress.add_task(folder.name, total=config.epochs, completed=first, shown="compiling")
-        for epoch in range(first, config.epochs):
-            rule = rules[epoch >= config.second_stage]
-            call_start, compiled_before = time.perf_counter(), compile_seconds
-            state, metrics = call("train_epoch", state, train, rule, donate_argnums=0)
+    Args:
+      results: the file for the result of each run.
+      work: folder of the checkpoints.
+      command: makes the command that gives a run.
+      console: where the progress is shown.
+      runs_together: how many runs are trained in one program at most.
+      deadline: ``time.monotonic()`` after which no epoch is begun.
+
+    Returns:
+      The result of each run.
+
+    Raises:
+      OutOfTimeError: when the deadline has passed; all finished epochs are kept.
+    """
+    for config, path in results.items():
+        checkpoint.claim(path, config.identity())
+    ends = plan.segments(results)
+    unfinished = [ends[config] for config, path in results.items() if not path.exists()]
+    chunks = plan.together(unfinished, _kind, runs_together)
+    total = sum((s.until - s.first) for chunk in chunks for s in chunk)
+    of_segment = {segment: config for config, segment in ends.items()}
+    with Progress(*COLUMNS, console=console) as progress:
+        task = progress.add_task("epochs", total=total, shown="")
+        for chunk in chunks:
+            if not all(checkpoint.is_finished(work / s.name) for s in chunk):
+                _train(chunk, work, progress, task, deadline)
+            else:
+                progress.advance(task, sum(s.until - s.first for s in chunk))
+            for segment in chunk:
+                config = of_segment.get(segment)
+                if config is not None and not results[config].exists():
+                    _finish(segment, work, results[config], command(config))
+    return {config: json.loads(path.read_text()) for config, path in results.items()}
+
+
+def _kind(segment: Segment) -> str:
+    """What segments that train together have in common: the program, its shapes and the images."""
+    config, hyper = segment.config, make_hyper(segment.config, np.array([segment.config.batch_size]), segment.first)
+    return f"{_program(config)} {jax.tree.structure(hyper)}"
+
+
+def _program(config: Config) -> Config:
+    """The settings that a program depends on; the others are its inputs."""
+    return dataclasses.replace(
+        config,
+        seed=0,
+        loss="ldam" if config.cosine else "ce",
+        temperature=1.0 if config.algorithm == "recover" else math.inf,
+        kl_radius=None,
+        gamma=0.9,
+        log_alpha=None,
+        start=None,
+        balanced_batches=False,
+        learning_rate=0.1,
+        momentum=0.9,
+        weight_decay=0.0,
+        out=None,
+    )
+
+
+@cache
+def _splits(source: Config) -> tuple[Splits, dict[str, Data], np.ndarray]:
+    splits = prepare(source)
+    on_device = {name: Data(*map(jnp.asarray, split)) for name, split in splits._asdict().items()}
+    return splits, on_device, np.bincount(splits.train.labels, minlength=source.classes)
+
+
+def _images(config: Config) -> tuple[Splits, dict[str, Data], np.ndarray]:
+    """The images of a run, on the host and on the device, and how many of each class are trained on."""
+    source = dataclasses.replace(
+        _program(config), loss="ce", classifier="joint", algorithm="absgd", temperature=math.inf
+    )
+    return _splits(source)
+
+
+@cache
+def _functions(program: Config, counts: tuple[int, ...]) -> Functions:
+    return make_functions(program, np.array(counts))
+
+
+class _Programs:
+    """Functions over stacked runs, each compiled once for each structure of its arguments."""
+
+    def __init__(self, functions: Functions, runs: int):
+        self.functions, self.runs = functions, runs
+        self.compiled, self.compile_seconds = {}, 0.0
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        key = name, jax.tree.structure(arguments), tuple(x.shape for x in jax.tree.leaves(arguments))
+        if key not in self.compiled:
+            began = time.perf_counter()
+            function = over_runs(getattr(self.functions, name), arguments, self.runs)
+            donated = 0 if name == "train_epoch" else ()
+            self.compiled[key] = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+            self.compile_seconds += time.perf_counter() - began
+        return self.compiled[key](*arguments)
+
+
+@cache
+def _programs(program: Config, counts: tuple[int, ...], runs: int) -> _Programs:
+    return _Programs(_functions(program, counts), runs)
+
+
+def over_runs(function: Callable, arguments: Sequence[Any], runs: int) -> Callable:
+    """A function of stacked states and hypers, made of one of a single run; images are the same for all."""
+    axes = tuple(0 if isinstance(a, (State, Hyper)) else None for a in arguments)
+    if runs > 1:
+        return jax.vmap(function, axes)
+
+    # XLA's CPU backend is slow with the convolutions of several networks at once, and even of a batch of one.
+    def alone(*arguments):
+        pairs = zip(arguments, axes, strict=True)
+        first = [a if axis is None else jax.tree.map(lambda x: x[0], a) for a, axis in pairs]
+        return jax.tree.map(lambda x: x[None], function(*first))
+
+    return alone
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _train(chunk: Sequence[Segment], work: Path, progress: Progress, task: Any, deadline: float) -> None:
+    """Trains segments together and leaves the state and the metrics of each."""
+    config, first, until = chunk[0].config, chunk[0].first, chunk[0].until
+    _, images, counts = _images(config)
+    programs = _programs(_program(config), tuple(counts.tolist()), len(chunk))
+    hyper = stack([make_hyper(s.config, counts, first) for s in chunk])
+
+    state = programs("init", hyper)
+    if chunk[0].parent is not None:
+        states = [checkpoint.load(work / s.parent.name, _alone(state, config)) for s in chunk if s.parent]
+        state = programs("take_over", stack(states), hyper)
+
+    folder = work / checkpoint.name_of([s.name for s in chunk])
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "metrics.jsonl"
+    label = chunk[0].config.name if len(chunk) == 1 else f"{len(chunk)} runs"
+    with checkpoint.open_manager(folder) as manager:
+        state = checkpoint.restore(manager, state)
+        done = int(np.asarray(state.epoch)[0])
+        lines = checkpoint.read_metrics(log, done)
+        progress.update(task, description=label, advance=len(chunk) * (done - first), shown="compiling")
+        for epoch in range(done, until):
+            if time.monotonic() > deadline:
+                raise OutOfTimeError
+            began, compiled_before = time.perf_counter(), programs.compile_seconds
+            state, metrics = programs("train_epoch", state, images["train"], images["held_out"], hyper)
             line: dict[str, Any] = {"epoch": epoch + 1}
-            line |= {name: jsonable(float(value)) for name, value in metrics._asdict().items()}
-            if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                per_class = 100 * np.asarray(call("evaluate", state, held_out)) / held_out_counts
-                line |= {"top1": float(per_class.mean()), "per_class": per_class.tolist()}
-            line["seconds"] = time.perf_counter() - call_start - (compile_seconds - compiled_before)
+            line |= {name: np.asarray(value, float).tolist() for name, value in metrics._asdict().items()}
+            if (epoch + 1) % config.eval_every == 0 or epoch + 1 == until:
+                line |= _evaluate(programs, state, images)
+            line["compile_seconds"] = programs.compile_seconds - compiled_before
+            line["seconds"] = (time.perf_counter() - began - line["compile_seconds"]) / len(chunk)
+            line = _finite_json(line)
             checkpoint.append_metrics(log, line)
             checkpoint.save(manager, epoch + 1, state)
             lines.append(line)
-            progress.update(task, advance=1, shown=_shown(line))
+            progress.update(task, advance=len(chunk), shown=_shown(line))
+    if first == until:
+        began = time.perf_counter()
+        state = programs("refit", state, images["train"])
+        line = {"epoch": until} | _evaluate(programs, state, images)
+        lines = [line | {"seconds": (time.perf_counter() - began) / len(chunk), "compile_seconds": 0.0}]
+    for i, segment in enumerate(chunk):
+        own = [{k: v[i] if isinstance(v, list) else v for k, v in line.items()} for line in lines]
+        checkpoint.finish(work / segment.name, jax.tree.map(lambda x, i=i: x[i], state), own)
+    checkpoint.remove(folder)
 
+
+def _alone(state: State, config: Config) -> State:
+    """The shape of one run's state as its parent left it."""
+    return jax.eval_shape(lambda s: jax.tree.map(lambda x: x[0], s._replace(recover=None)), state)
+
+
+def _evaluate(programs: _Programs, state: State, images: dict[str, Data]) -> dict[str, Any]:
+    """Accuracies of each run in percent."""
+    seen = {}
+    for split, prefix in (("test", ""), ("validation", "val_")):
+        data = images[split]
+        if data.labels.size:
+            right = np.asarray(programs("evaluate", state, data))
+            per_class = 100 * right / np.bincount(data.labels, minlength=right.shape[-1])
+            seen |= {f"{prefix}top1": per_class.mean(-1).tolist(), f"{prefix}per_class": per_class.tolist()}
+    return seen
+
+
+def _finite_json(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: [jsonable(x) for x in v] if isinstance(v, list) else v for k, v in line.items()}
+
+
+def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
+    """Writes a run's result, of the metrics of all its segments."""
+    config, lines = segment.config, []
+    for part in plan.chain(segment):
+        lines += checkpoint.finished_metrics(work / part.name)
+    trained = [line for line in lines if "loss" in line]
+    splits, _, counts = _images(config)
     per_class = np.array(lines[-1]["per_class"])
-    split = "val_top1" if config.validation else "top1"
-    result = config.identity() | {
+    result = {
+        "preset": config.preset,
+        "column": config.column,
         "method": config.method,
-        "top1": None,
-        "val_top1": None,
-        split: round(lines[-1]["top1"], 3),
+        "loss": config.loss,
+        "temperature": jsonable(config.temperature),
+        "kl_radius": config.kl_radius,
+        "gamma": config.gamma,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "second_stage": config.second_stage,
+        "top1": round(lines[-1]["top1"], 3),
+        "val_top1": round(lines[-1]["val_top1"], 3) if "val_top1" in lines[-1] else None,
         "per_class": per_class.round(2).tolist(),
         **{name: round(float(per_class[mask].mean()), 3) for name, mask in groups(counts).items() if mask.any()},
         "class_counts": counts.tolist(),
-        "ess_by_epoch": [round(line["ess"], 4) for line in lines],
-        "loss_by_epoch": [round(line["loss"], 4) for line in lines],
-        "seconds": round(sum(line["seconds"] for line in lines), 1),
-        "compile_seconds": round(compile_seconds, 1),
+        "ess_by_epoch": [jsonable(round(float(line["ess"]), 4)) for line in trained],
+        "loss_by_epoch": [jsonable(round(float(line["loss"]), 4)) for line in trained],
+        "temperature_by_epoch": [line["temperature"] for line in trained],
+        "top1_by_epoch": [[line["epoch"], round(line["top1"], 2)] for line in lines if "top1" in line],
+        "seconds": round(sum(line["seconds"] for line in lines), 2),
+        "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 2),
         "hardware": hardware(),
         "versions": versions(),
         "command": command,
+        "config": config.identity(),
     }
-    checkpoint.write_json(done, result)
-    return result
+    if config.seed == 0 and config.loss == "ce" and config.method in ("sgd", "absgd", "kl-radius"):
+        _write_features(segment, work, path, splits, counts)
+    checkpoint.write_json(path, result)
+
+
+def _write_features(segment: Segment, work: Path, path: Path, splits: Splits, counts: np.ndarray) -> None:
+    """The features of some test images, for a picture of them."""
+    config = segment.config
+    programs = _programs(_program(config), tuple(counts.tolist()), 1)
+    hyper = stack([make_hyper(config, counts, segment.first)])
+    state = checkpoint.load(work / segment.name, _alone(programs("init", hyper), config))
+    order = np.argsort(splits.test.labels, kind="stable")
+    ranks = np.arange(len(order)) - np.searchsorted(splits.test.labels[order], splits.test.labels[order])
+    chosen = order[ranks < FEATURES_PER_CLASS]
+    data = Data(jnp.asarray(splits.test.images[chosen]), jnp.asarray(splits.test.labels[chosen]))
+    features = np.asarray(programs("features", stack([state]), data))[0]
+    np.savez_compressed(
+        path.with_name(f"{path.stem}-features.npz"), features=features.astype(np.float16), labels=data.labels
+    )
 
 
 def _shown(line: dict[str, Any]) -> str:
-    accuracy = f"  top-1 {line['top1']:.1f} %" if "top1" in line else ""
-    return (
-        f"loss {float(line['loss']):.3f}  risk {float(line['risk']):.3f}  ess {float(line['ess']):.0%}  "
-        f"lr {line['lr']:.2g}  λ {float(line['temperature']):.3g}{accuracy}"
-    )
+    """The first run of those that train together, for all."""
+    loss, risk, ess, temperature = (float(line[name][0]) for name in ("loss", "risk", "ess", "temperature"))
+    accuracy = f"  top-1 {line['top1'][0]:.1f} %" if "top1" in line else ""
+    return f"loss {loss:.3f}  risk {risk:.3f}  ess {ess:.0%}  lr {line['lr'][0]:.2g}  λ {temperature:.3g}{accuracy}"

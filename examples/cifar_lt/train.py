@@ -1,7 +1,6 @@
 """The training as pure functions on pytrees: an epoch is one program, and so is an evaluation.
 
-They hold nothing and can be transformed: ``jax.vmap`` of ``init`` and ``train_epoch`` trains several seeds, or several
-λ, at once.
+They hold nothing and can be transformed: ``jax.vmap`` of ``train_epoch`` trains several runs at once.
 """
 
 from collections.abc import Callable
@@ -14,11 +13,13 @@ import optax
 from flax import nnx
 
 import absgd_jax
+from examples.cifar_lt import meta, recover
 from examples.cifar_lt.augment import crop_and_flip, normalise, pad
+from examples.cifar_lt.classifiers import CLASSIFIERS, Linear, balanced_batch
 from examples.cifar_lt.config import Config
 from examples.cifar_lt.models import ResNet
-from examples.cifar_lt.objective import make_objective, needs_cosines
-from examples.cifar_lt.schedule import make_learning_rate, steps_per_epoch
+from examples.cifar_lt.objective import make_objective
+from examples.cifar_lt.schedule import Hyper, learning_rate_factor, steps_per_epoch
 
 EVAL_BATCH = 500
 
@@ -36,6 +37,7 @@ class State(NamedTuple):
     params: Any
     batch_stats: Any
     opt_state: Any  # of absgd: a tuple that begins with ABSGD's own state
+    recover: recover.RecoverState | None  # of the algorithm recover
     key: jax.Array  # the seed's; epoch e draws from fold_in(key, e)
     epoch: jax.Array  # shape=(), dtype=int32; epochs done
 
@@ -47,117 +49,188 @@ class Metrics(NamedTuple):
     risk: jax.Array  # running robust risk after the last step
     ess: jax.Array  # effective sample size over batch size, mean over the steps
     temperature: jax.Array  # λ of the last step
-    lr: jax.Array  # learning rate of the last step
+    lr: jax.Array  # learning rate
 
 
 class Functions(NamedTuple):
     """The pure functions that :func:`make_functions` makes."""
 
-    init: Callable[[jax.Array | int], State]
-    plan: Callable[[State, int], tuple[jax.Array, jax.Array]]
-    step: Callable[[State, jax.Array, jax.Array, Any], tuple[State, Metrics]]
-    train_epoch: Callable[[State, Data, Any], tuple[State, Metrics]]
+    init: Callable[[Hyper], State]
+    take_over: Callable[[State, Hyper], State]
+    plan: Callable[[State, jax.Array, Hyper], tuple[jax.Array, jax.Array]]
+    step: Callable[..., tuple[State, Metrics]]
+    train_epoch: Callable[[State, Data, Data, Hyper], tuple[State, Metrics]]
     evaluate: Callable[[State, Data], jax.Array]
+    features: Callable[[State, Data], jax.Array]
+    refit: Callable[[State, Data], State]
 
 
 def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
-    """Makes the functions of a run on a training set with ``class_counts`` images of each class.
+    """Makes the functions of all runs that share the settings of ``config`` but for what :class:`Hyper` holds.
 
     Returns:
-      ``init(seed) -> State``.
-      ``plan(state, size) -> (batches, keys)``, the indices of each batch of the coming epoch and the key of each step.
-      ``step(state, images, labels, temperature) -> (State, Metrics)``, one update on augmented and normalised images.
-      ``train_epoch(state, data, temperature) -> (State, Metrics)``; ``temperature`` is one of
-      :func:`temperature_rules`, a pytree, so that λ is an input and no constant of the program.
+      ``init(hyper) -> State``.
+      ``take_over(state, hyper) -> State``, a state that a run with other settings has left, ready for ``hyper``.
+      ``plan(state, labels, hyper) -> (batches, keys)``, the indices of each batch of the coming epoch and the key of
+      each step.
+      ``step(state, images, labels, held_out, hyper) -> (State, Metrics)``, one update on augmented and normalised
+      images; ``held_out`` is a balanced batch for META and L2RW.
+      ``train_epoch(state, data, held_out, hyper) -> (State, Metrics)``.
       ``evaluate(state, data) -> correct``, the correctly classified examples of each class, shape (C,).
+      ``features(state, data)``, what the classifier sees, shape (N, D).
+      ``refit(state, data) -> State``, with the classifier that ``config.classifier`` fits to the features.
     """
     steps = steps_per_epoch(config, class_counts)
-    objective = make_objective(config.loss, class_counts, config.second_stage)
-    learning_rate = make_learning_rate(config, steps)
+    objective = make_objective(class_counts)
 
     def make_model(key):
-        cosine = needs_cosines(config.loss)
-        return ResNet(config.depth, config.classes, width=config.width, cosine=cosine, rngs=nnx.Rngs(key))
+        return ResNet(config.depth, config.classes, width=config.width, cosine=config.cosine, rngs=nnx.Rngs(key))
 
     graphdef, *_ = nnx.split(nnx.eval_shape(make_model, jax.random.key(0)), nnx.Param, nnx.BatchStat)
 
-    def make_optimizer(temperature):
+    def learning_rate(state, hyper):
+        return hyper.learning_rate * learning_rate_factor(config, state.epoch)
+
+    def make_optimizer(learning_rate, hyper):
+        plain = config.algorithm != "absgd"
         return absgd_jax.absgd(
-            learning_rate, temperature, config.gamma, momentum=config.momentum, weight_decay=config.weight_decay
+            learning_rate,
+            jnp.inf if plain else hyper.temperature,
+            hyper.gamma,
+            momentum=hyper.momentum,
+            weight_decay=hyper.weight_decay,
         )
 
-    def init(seed):
-        key = jax.random.key(seed)
+    def init(hyper):
+        key = jax.random.key(hyper.seed)
         _, params, batch_stats = nnx.split(make_model(key), nnx.Param, nnx.BatchStat)
-        opt_state = make_optimizer(jnp.inf).init(params)
-        return State(params, batch_stats, opt_state, jax.random.key_data(key), jnp.int32(0))
+        opt_state = make_optimizer(0.0, hyper).init(params)
+        return take_over(State(params, batch_stats, opt_state, None, jax.random.key_data(key), jnp.int32(0)), hyper)
 
-    def per_example_loss(params, images, labels, *, batch_stats, epoch):
+    def take_over(state, hyper):
+        # The state holds the λ of the next step. A KL radius leaves ∞ by itself.
+        if callable(hyper.temperature) and config.algorithm == "absgd":
+            first, *rest = state.opt_state
+            temperature = jnp.asarray(hyper.temperature(first.count), first.temperature.dtype)
+            state = state._replace(opt_state=(first._replace(temperature=temperature), *rest))
+        storm = recover.init(state.params) if config.algorithm == "recover" else None
+        return state._replace(recover=storm)
+
+    def forward(params, batch_stats, images, labels, hyper):
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        losses = objective(model(images, train=True), labels, epoch)
-        return losses, (losses, nnx.state(model, nnx.BatchStat))
+        losses = objective(hyper.loss, model(images, train=True), labels)
+        return losses, nnx.state(model, nnx.BatchStat)
 
-    risk_and_grad = absgd_jax.value_and_grad(per_example_loss, has_aux=True, with_kl=True)
+    def weigh_by_class(epoch, hyper, labels):
+        return jnp.where(epoch >= config.second_stage, hyper.class_weights[labels], 1)
 
-    def step(state, images, labels, temperature):
-        params, batch_stats, opt_state, key, epoch = state
-        now = opt_state[0]
-        ((risk, kl), (losses, batch_stats)), grads = risk_and_grad(
-            params, images, labels, state=opt_state, batch_stats=batch_stats, epoch=epoch
-        )
-        updates, opt_state = make_optimizer(temperature).update(grads, opt_state, params, value=risk, kl=kl)
-        state = State(optax.apply_updates(params, updates), batch_stats, opt_state, key, epoch)
+    def learnt_weights(class_weights, state, images, labels, held_out, hyper):
+        """The weights of a batch's examples by META or L2RW."""
+
+        def losses_of(params):
+            return forward(params, state.batch_stats, images, labels, hyper)[0]
+
+        def held_out_loss(params):
+            return jnp.mean(forward(params, state.batch_stats, held_out.images, held_out.labels, hyper)[0])
+
+        if config.algorithm == "l2rw":
+            return class_weights * meta.l2rw(losses_of, state.params, held_out_loss)
+        rate = config.batch_size * learning_rate(state, hyper)  # the authors' step ahead is on the sum of the losses
+        return meta.jamal(losses_of, state.params, held_out_loss, class_weights, rate)
+
+    def step(state, images, labels, held_out, hyper):
+        now = state.opt_state[0]
+        temperature = now.temperature
+        weights = weigh_by_class(state.epoch, hyper, labels)
+        if config.algorithm in ("meta", "l2rw"):
+            weights = learnt_weights(weights, state, images, labels, held_out, hyper)
+
+        def per_example_loss(params):
+            losses, batch_stats = forward(params, state.batch_stats, images, labels, hyper)
+            return weights * losses, (weights * losses, batch_stats)
+
+        risk_and_grad = absgd_jax.value_and_grad(per_example_loss, has_aux=True, with_kl=True)
+        if config.algorithm == "recover":
+            temperature, aux = hyper.temperature(now.count), []
+
+            def at(params):
+                ((risk, _), seen), grads = risk_and_grad(params, temperature=temperature)
+                aux.append(seen)
+                return risk, grads
+
+            grads, storm = recover.update(at, state.params, state.recover, temperature=temperature)
+            (losses, batch_stats), risk, kl = aux[0], storm.risk, jnp.float32(0)
+        else:
+            ((risk, kl), (losses, batch_stats)), grads = risk_and_grad(state.params, state=state.opt_state)
+            storm = None
+        rate = learning_rate(state, hyper)
+        optimizer = make_optimizer(rate, hyper)
+        updates, after = optimizer.update(grads, state.opt_state, state.params, value=risk, kl=kl)
+        opt_state: Any = after
+        params = optax.apply_updates(state.params, updates)
+        relative = weights if config.algorithm in ("meta", "l2rw") else jax.nn.softmax(losses / temperature)
         metrics = Metrics(
             loss=jnp.mean(losses),
-            risk=state.opt_state[0].risk,
-            ess=absgd_jax.effective_sample_size(jax.nn.softmax(losses / now.temperature)) / losses.size,
-            temperature=now.temperature,
-            lr=jnp.asarray(learning_rate(now.count)),
+            risk=opt_state[0].risk,
+            ess=absgd_jax.effective_sample_size(relative) / losses.size,
+            temperature=temperature,
+            lr=rate,
         )
-        return state, metrics
+        return State(params, batch_stats, opt_state, storm, state.key, state.epoch), metrics
 
-    def plan(state, size):
+    def plan(state, labels, hyper):
         order_key, steps_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.epoch))
-        order = jax.random.permutation(order_key, size)[: steps * config.batch_size]
-        return order.reshape(steps, config.batch_size), jax.random.split(steps_key, steps)
+        shape = steps, config.batch_size
+        order = jax.random.permutation(order_key, labels.size)[: steps * config.batch_size].reshape(shape)
+        drawn = balanced_batch(labels, config.classes, steps * config.batch_size)(order_key).reshape(shape)
+        return jnp.where(hyper.balanced, drawn, order), jax.random.split(steps_key, steps)
 
-    def train_epoch(state, data, temperature):
+    def train_epoch(state, data, held_out, hyper):
         padded = pad(data.images)
+        padded_held_out = pad(held_out.images)
 
         def body(state, batch_and_key):
             batch, key = batch_and_key
             images = normalise(crop_and_flip(padded, batch, key))
-            return step(state, images, data.labels[batch], temperature)
+            balanced = None
+            if config.algorithm in ("meta", "l2rw"):
+                draw_key, augment_key = jax.random.split(jax.random.fold_in(key, 1))
+                chosen = balanced_batch(held_out.labels, config.classes, config.batch_size)(draw_key)
+                balanced = Data(normalise(crop_and_flip(padded_held_out, chosen, augment_key)), held_out.labels[chosen])
+            return step(state, images, data.labels[batch], balanced, hyper)
 
-        state, each = jax.lax.scan(body, state, plan(state, data.labels.size))
+        state, each = jax.lax.scan(body, state, plan(state, data.labels, hyper))
         last = jax.tree.map(lambda x: x[-1], each)
         return state._replace(epoch=state.epoch + 1), last._replace(loss=jnp.mean(each.loss), ess=jnp.mean(each.ess))
 
-    def evaluate(state, data):
-        model = nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
+    def over_batches(function, data):
+        """A function of images in batches of a size that does not depend on their number; returns (N, ...)."""
         size = data.labels.size
-        batches = -(-size // EVAL_BATCH)
-        places = jnp.arange(batches * EVAL_BATCH).reshape(batches, -1)  # those past the end are not counted
+        places = jnp.arange(-(-size // EVAL_BATCH) * EVAL_BATCH).reshape(-1, EVAL_BATCH) % size
+        results = jax.lax.map(lambda place: function(normalise(data.images[place])), places)
+        return results.reshape(-1, *results.shape[2:])[:size]
 
-        def body(correct, place):
-            labels = data.labels[place % size]
-            guesses = jnp.argmax(model(normalise(data.images[place % size]), train=False), axis=-1)
-            hits = (guesses == labels) & (place < size)
-            return correct.at[labels].add(hits), None
+    def merge(state):
+        return nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
 
-        return jax.lax.scan(body, jnp.zeros(config.classes, jnp.int32), places)[0]
+    def evaluate(state, data):
+        model = merge(state)
+        guesses = over_batches(lambda images: jnp.argmax(model(images, train=False), axis=-1), data)
+        return jnp.zeros(config.classes, jnp.int32).at[data.labels].add(guesses == data.labels)
 
-    return Functions(init, plan, step, train_epoch, evaluate)
+    def features(state, data):
+        model = merge(state)
+        return over_batches(lambda images: model.features(images, train=False), data)
 
+    def refit(state, data):
+        if config.classifier == "joint":
+            return state
+        model = merge(state)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), config.epochs)
+        layer: Any = model.classifier
+        linear = Linear(layer.kernel[...], layer.bias[...])
+        linear = CLASSIFIERS[config.classifier](features(state, data), data.labels, linear, key)
+        layer.kernel[...], layer.bias[...] = linear
+        return state._replace(params=nnx.state(model, nnx.Param))
 
-def take_over(state: State, temperature: Any) -> State:
-    """A state that another rule for λ may have left, with the λ that ``temperature`` gives to its next step.
-
-    The state holds the λ of the next step, and of a run that branches off from one of SGD that would still be ∞. A KL
-    radius leaves ∞ by itself.
-    """
-    if not callable(temperature):
-        return state
-    first, *rest = state.opt_state
-    first = first._replace(temperature=jnp.asarray(temperature(first.count), first.temperature.dtype))
-    return state._replace(opt_state=(first, *rest))
+    return Functions(init, take_over, plan, step, train_epoch, evaluate, features, refit)

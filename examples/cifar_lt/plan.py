@@ -1,0 +1,79 @@
+"""Which runs have which epochs in common: a run is a chain of segments, and equal segments are trained once.
+
+All runs of one seed and loss have the first stage in common, whatever λ they have in the second.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from examples.cifar_lt.config import Config
+
+SECOND_STAGE_ONLY = {"algorithm": "absgd", "temperature": math.inf, "kl_radius": None, "start": None}
+SECOND_STAGE_ONLY |= {"gamma": 0.9, "log_alpha": None}
+
+
+class Segment(NamedTuple):
+    """The epochs ``first`` to ``until`` of a run (none at all if a classifier is fitted at the end)."""
+
+    config: Config
+    first: int
+    until: int
+    parent: "Segment | None"
+
+    @property
+    def name(self) -> str:
+        """A name for its folder, with a checksum of all that it depends on."""
+        identity = self.config.identity() | {"first": self.first, "until": self.until}
+        checksum = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.config.preset}-{self.config.column}-{self.config.name}-{self.first}-{self.until}-{checksum}"
+
+
+def trunk(config: Config) -> tuple[Config, int]:
+    """The run from which another one branches off, and after how many epochs; itself and 0 if there is none."""
+    if config.classifier != "joint":
+        return dataclasses.replace(config, classifier="joint"), config.epochs
+    plain = dataclasses.replace(config, loss=config.loss.removeprefix("cb-"), **SECOND_STAGE_ONLY)
+    if plain == config:
+        return config, 0
+    finite = math.isfinite(config.temperature) or config.kl_radius is not None
+    branch = min(config.second_stage, config.finite_from) if finite else config.second_stage
+    return (plain, branch) if branch else (config, 0)
+
+
+def segments(configs: Iterable[Config]) -> dict[Config, Segment]:
+    """The last segment of each run."""
+    configs = list(configs)
+    cuts = {branch for _, branch in map(trunk, configs)}
+
+    def segment(config: Config, until: int) -> Segment:
+        source, branch = trunk(config)
+        if source != config:
+            return Segment(config, branch, until, segment(source, branch))
+        earlier = max((cut for cut in cuts if 0 < cut < until), default=0)
+        return Segment(config, earlier, until, segment(config, earlier) if earlier else None)
+
+    return {config: segment(config, config.epochs) for config in configs}
+
+
+def chain(segment: Segment | None) -> Iterator[Segment]:
+    """A segment and all before it, the first one first."""
+    if segment is not None:
+        yield from chain(segment.parent)
+        yield segment
+
+
+def together(ends: Iterable[Segment], kind: Any, at_most: int) -> list[list[Segment]]:
+    """All segments that lead to ``ends``, parents before children, those of equal ``kind(segment)`` in groups."""
+    needed = {segment: None for end in ends for segment in chain(end)}
+    depth = {segment: len(list(chain(segment))) for segment in needed}
+    keys = {segment: (depth[segment], segment.first, segment.until, kind(segment)) for segment in needed}
+    groups = []
+    for _, members in groupby(sorted(needed, key=lambda s: (keys[s], s.name)), key=keys.__getitem__):
+        members = list(members)
+        groups += [members[i : i + at_most] for i in range(0, len(members), at_most)]
+    return groups

@@ -1,0 +1,117 @@
+"""A table of the paper, cell by cell: every method, several seeds, one command.
+
+python -m examples.cifar_lt.sweep --table 1 --columns cifar10-lt-100 --seeds 3 --data-dir data
+python -m examples.cifar_lt.report examples/cifar_lt/results/mini
+
+It can be stopped and started again; what is done is not done twice. Results: one JSON a cell.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+from rich.console import Console
+
+from examples.cifar_lt import pack
+from examples.cifar_lt.cells import TABLES, cells
+from examples.cifar_lt.config import Config, Preset
+from examples.cifar_lt.configs import CONFIGS
+from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.run import OutOfTimeError, run
+from examples.cifar_lt.subsets import identity, packed_file, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains all methods of a table."""
+
+    table: tuple[Literal["1", "2", "noise"], ...] = ("1", "2")
+    """1: ABSGD and META on the losses of the paper. 2: everything else. noise: wrong labels."""
+    columns: tuple[str, ...] = ("cifar10-lt-100",)
+    """Dataset (cifar10, cifar100), long tail or step (lt, st), imbalance ratio; also, say, cifar10-lt-1-sym0.4."""
+    preset: Preset = "mini"
+    """The network, the size of the training set and the schedule: see configs/."""
+    methods: tuple[str, ...] = ()
+    """Only these methods, by their names in the table, such as sgd absgd."""
+    seeds: int = 3
+    """Number of seeds."""
+    out: Path = Path(__file__).parent / "results"
+    """Folder of the results; a subfolder is made for the preset, and in it one for each column."""
+    work: Path = Path("runs")
+    """Folder of the checkpoints; it can be deleted when all is done."""
+    data_dir: Path = Path("data")
+    """Folder that holds the unpacked official archives, or is to hold them."""
+    packed: Path | None = None
+    """Folder of packed images, in place of the archives."""
+    pack: Path | None = None
+    """Only pack the images of the columns into this folder, to carry them to a machine without a network."""
+    runs_together: int = 1 if jax.default_backend() == "cpu" else 64
+    """Runs that are trained in one program at most."""
+    max_minutes: float = float("inf")
+    """Stop after an epoch when this time is over; the same command goes on."""
+
+
+def choose(options: Options) -> dict[Config, Path]:
+    """The runs, and where the result of each goes."""
+    base = dataclasses.replace(CONFIGS[options.preset], data_dir=options.data_dir, packed=options.packed)
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: at least 1 is needed.")
+    runs = {}
+    for column in options.columns:
+        for table in options.table:
+            for config in cells(base, table, column, range(options.seeds)):
+                runs[config] = options.out / options.preset / column / f"{config.name}.json"
+    known = {config.method for config in runs}
+    for method in options.methods:
+        if method not in known:
+            raise UserError(f"--methods {method}: tables {' '.join(TABLES)} have {', '.join(sorted(known))}.")
+    return {config: path for config, path in runs.items() if not options.methods or config.method in options.methods}
+
+
+def write_packs(runs: Sequence[Config], folder: Path, console: Console) -> None:
+    """The images of all runs, each set once."""
+    for config in {str(identity(config)): config for config in runs}.values():
+        path = packed_file(config, folder)
+        pack.write(path, prepare(dataclasses.replace(config, packed=None))._asdict(), identity(config))
+        console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def command(config: Config) -> str:
+    """The command that gives one run alone."""
+    default = CONFIGS[config.preset].identity()
+    changed = {k: v for k, v in config.identity().items() if v != default[k] and k != "preset"}
+    flags = [f"--{k.replace('_', '-')}" + (f" {v}" if v is not True else "") for k, v in changed.items()]
+    return " ".join(["python -m examples.cifar_lt.main --preset", config.preset, *flags])
+
+
+def main(options: Options) -> int:
+    """Returns the exit code: 0, 1 for what went wrong on the way, 2 for a wrong command line."""
+    console = Console()
+    try:
+        runs = choose(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        if options.pack is not None:
+            write_packs(list(runs), options.pack, console)
+            return 0
+        deadline = time.monotonic() + 60 * options.max_minutes
+        run(runs, options.work, command, console, runs_together=options.runs_together, deadline=deadline)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OutOfTimeError, KeyboardInterrupt) as stop:
+        print("Stopped. The same command goes on after the last whole epoch.", file=sys.stderr)
+        return 0 if isinstance(stop, OutOfTimeError) else 1
+    console.print(f"{len(runs)} cells in {options.out / options.preset}. See: python -m examples.cifar_lt.report")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))
