@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 from examples.cifar_lt.config import Config
@@ -68,12 +68,24 @@ def chain(segment: Segment | None) -> Iterator[Segment]:
 
 
 def together(ends: Iterable[Segment], kind: Any, at_most: int) -> list[list[Segment]]:
-    """All segments that lead to ``ends``, parents before children, those of equal ``kind(segment)`` in groups."""
-    needed = {segment: None for end in ends for segment in chain(end)}
-    depth = {segment: len(list(chain(segment))) for segment in needed}
-    keys = {segment: (depth[segment], segment.first, segment.until, kind(segment)) for segment in needed}
-    groups = []
-    for _, members in groupby(sorted(needed, key=lambda s: (keys[s], s.name)), key=keys.__getitem__):
-        members = list(members)
-        groups += [members[i : i + at_most] for i in range(0, len(members), at_most)]
+    """All segments that lead to ``ends``, in groups of equal ``kind(segment)``: parents first, then the lowest seeds."""
+    needed = {segment: len(list(chain(segment))) for end in ends for segment in chain(end)}
+    keys = {segment: (depth, segment.first, segment.until, kind(segment)) for segment, depth in needed.items()}
+    waiting = []
+    for _, members in groupby(sorted(needed, key=lambda s: (keys[s], s.config.seed, s.name)), key=keys.__getitem__):
+        waiting += batched(members, at_most)
+    waiting.sort(key=lambda group: max(segment.config.seed for segment in group))
+    done, groups = {None}, []
+    while waiting:
+        ready = next(group for group in waiting if all(segment.parent in done for segment in group))
+        waiting.remove(ready)
+        groups.append(ready)
+        done.update(ready)
     return groups
+
+
+def batched(items: Iterable[Segment], size: int) -> Iterator[list[Segment]]:
+    """Lists of at most ``size`` items."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch

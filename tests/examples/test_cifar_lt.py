@@ -1,5 +1,6 @@
 """CIFAR example: the command line, what a run leaves on disk, and that a killed run ends as if it had not been."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -26,10 +27,13 @@ def cifar10(tmp_path_factory):
     shutil.rmtree(folder)  # 180 MB
 
 
-def test_a_stale_folder_and_bad_options_are_refused(tmp_path, capsys):
-    checkpoint.claim(tmp_path / "run", {"seed": 0})
+def test_a_stale_result_and_bad_options_are_refused(tmp_path, capsys):
+    checkpoint.write_json(tmp_path / "result.json", {"config": {"seed": 0}})
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
-        checkpoint.claim(tmp_path / "run", {"seed": 1})
+        checkpoint.claim(tmp_path / "result.json", {"seed": 1})
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(UserError, match="not the result of a run"):
+        checkpoint.claim(tmp_path / "result.json", {"seed": 1})
     assert main(["--preset", "smoke", "--ratio", "0.5"]) == 2
     assert "--ratio must be at least 1" in capsys.readouterr().err
     for arguments in (["--preset", "huge"], ["--loss", "hinge"]):
@@ -61,17 +65,19 @@ def test_a_killed_run_continues_to_the_same_end(cifar10, tmp_path):
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def comparable(out):
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         result = json.loads((out / "result.json").read_text())
-        for record in (*lines, result):
-            for name in ("seconds", "compile_seconds", "command"):
-                record.pop(name, None)
-        return lines, result
+        for name in ("seconds", "compile_seconds", "command"):
+            result.pop(name)
+        lines = [json.loads(path.read_text()) for path in sorted(out.glob("*/metrics.json"))]
+        for line in itertools.chain(*lines):
+            for name in ("seconds", "compile_seconds"):
+                line.pop(name)
+        return result, lines
 
     assert start(tmp_path / "whole").wait(timeout=300) == 0
-    interrupted, log = start(tmp_path / "killed"), tmp_path / "killed" / "metrics.jsonl"
+    interrupted = start(tmp_path / "killed")
     deadline = time.monotonic() + 300
-    while not log.exists() or len(log.read_text().splitlines()) < 2:
+    while not any(log.read_text().count("\n") >= 2 for log in (tmp_path / "killed").glob("*/metrics.jsonl")):
         assert interrupted.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -80,4 +86,4 @@ def test_a_killed_run_continues_to_the_same_end(cifar10, tmp_path):
     assert not (tmp_path / "killed" / "result.json").exists()
     assert start(tmp_path / "killed").wait(timeout=300) == 0
     assert comparable(tmp_path / "killed") == comparable(tmp_path / "whole")
-    assert len(comparable(tmp_path / "whole")[0]) == CONFIGS["smoke"].epochs
+    assert len(comparable(tmp_path / "whole")[0]["loss_by_epoch"]) == CONFIGS["smoke"].epochs

@@ -16,9 +16,10 @@ from examples.cifar_lt.augment import MEAN, STD, crop_and_flip, normalise, pad
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.conv import conv3x3
 from examples.cifar_lt.models import ConvNorm, ResNet, shortcut
-from examples.cifar_lt.objective import make_objective
-from examples.cifar_lt.schedule import make_learning_rate, temperature_rules
-from examples.cifar_lt.train import Data, Functions, make_functions, take_over
+from examples.cifar_lt.objective import NAMES, class_weights, index_of, make_objective
+from examples.cifar_lt.run import over_runs, stack
+from examples.cifar_lt.schedule import learning_rate_factor, make_hyper
+from examples.cifar_lt.train import Data, Functions, make_functions
 
 COUNTS = np.array([12, 10, 9, 8, 7, 6, 5, 4, 4, 3])  # 68 images: 4 steps of 16, 4 images dropped
 TINY = dataclasses.replace(CONFIGS["smoke"], batch_size=16, epochs=5, width=2, temperature=1.0)
@@ -113,29 +114,37 @@ def test_normalisation():
 def test_the_paper_s_schedule():
     paper = dataclasses.replace(CONFIGS["paper"], temperature=2.0)
     assert (paper.depth, paper.epochs, paper.batch_size) == (32, 200, 128)
-    assert (paper.momentum, paper.weight_decay) == (0.9, 2e-4)
-    steps = 96
-    rate, rule = make_learning_rate(paper, steps), temperature_rules(paper, steps)[0]
+    assert (paper.momentum, paper.weight_decay, paper.learning_rate) == (0.9, 2e-4, 0.1)
+    counts, steps = np.array([12_406]), 96
+    rule = make_hyper(paper, counts, 0).temperature
     for epoch, expected in [(0, 0.02), (3, 0.08), (4, 0.1), (159, 0.1), (160, 1e-3), (179, 1e-3), (180, 1e-5)]:
+        assert 0.1 * float(learning_rate_factor(paper, jnp.int32(epoch))) == pytest.approx(expected, rel=1e-5)
         for step in (epoch * steps, (epoch + 1) * steps - 1):
-            assert float(rate(jnp.asarray(step))) == pytest.approx(expected, rel=1e-5)
             assert float(rule(step)) == (2.0 if epoch >= 160 else math.inf)
 
 
-@pytest.mark.parametrize("name", ["ce", "focal", "ldam", "balanced-softmax", "logit-adjustment"])
-def test_class_weights_are_deferred(name):
+def test_losses_by_index_and_class_weights():
     logits, labels = jax.random.normal(jax.random.key(0), (6, 10)), jnp.array([0, 9, 5, 0, 9, 9])
-    plain = make_objective(name, COUNTS, 4)(logits, labels, jnp.int32(4))
-    if name in ("ce", "focal", "ldam"):
-        weighted = make_objective(f"cb-{name}", COUNTS, 4)
-        np.testing.assert_allclose(weighted(logits, labels, jnp.int32(3)), plain, rtol=1e-6)
-        effective = (1 - 0.9999) / (1 - 0.9999 ** COUNTS.astype(float))
-        weights = effective / effective.sum() * 10
-        np.testing.assert_allclose(weighted(logits, labels, jnp.int32(4)), weights[labels] * plain, rtol=1e-3)
-    if name == "balanced-softmax":
-        prior = jnp.log(jnp.asarray(COUNTS, jnp.float32))
-        truth = optax.softmax_cross_entropy_with_integer_labels(logits + prior, labels)
-        np.testing.assert_allclose(plain, truth, rtol=1e-5)
+    objective, prior = make_objective(COUNTS), np.log(COUNTS)
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)[np.arange(6), labels]
+    adjusted = np.asarray(jax.nn.log_softmax(logits + prior), np.float64)[np.arange(6), labels]
+    truths = {
+        "ce": -log_p,
+        "focal": -((1 - np.exp(log_p)) ** 2) * log_p,
+        "balanced-softmax": -adjusted,
+        "logit-adjustment": -adjusted,  # with τ = 1 the two differ by a constant of the logits
+    }
+    for name, truth in truths.items():
+        np.testing.assert_allclose(objective(jnp.int32(NAMES.index(name)), logits, labels), truth, rtol=1e-4)
+    assert index_of("cb-focal") == index_of("focal") == 1
+    # All at once, as when runs with several losses train together, gradients included.
+    together = jax.vmap(jax.grad(lambda x, i: objective(i, x, labels).sum()), (None, 0))(100 * logits, jnp.arange(5))
+    for i, gradient in enumerate(together):
+        alone = jax.grad(lambda x, i=i: objective(i, x, labels).sum())(100 * logits)
+        np.testing.assert_allclose(gradient, alone, rtol=1e-4, atol=1e-6)
+    effective = (1 - 0.9999) / (1 - 0.9999 ** COUNTS.astype(float))
+    np.testing.assert_allclose(class_weights("cb-ce", COUNTS), effective / effective.sum() * 10, rtol=1e-3)
+    np.testing.assert_array_equal(class_weights("ce", COUNTS), 1)
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +177,15 @@ def tiny_network():
     return nnx.split(model, nnx.Param, nnx.BatchStat)[0]
 
 
-def in_second_stage(state, temperature):
+def hyper_of(epoch=0, **changes):
+    return make_hyper(dataclasses.replace(TINY, **changes), COUNTS, epoch)
+
+
+def in_second_stage(compiled, state, hyper):
     """A state as the first stage hands it over."""
-    absgd_state = state.opt_state[0]._replace(count=jnp.int32(4 * STEPS), temperature=jnp.float32(temperature))
-    return state._replace(epoch=jnp.int32(4), opt_state=(absgd_state, *state.opt_state[1:]))
+    absgd_state = state.opt_state[0]._replace(count=jnp.int32(4 * STEPS), temperature=jnp.float32(jnp.inf))
+    state = state._replace(epoch=jnp.int32(4), opt_state=(absgd_state, *state.opt_state[1:]))
+    return compiled.functions.take_over(state, hyper)
 
 
 def close(a, b, **tolerance):
@@ -181,21 +195,17 @@ def close(a, b, **tolerance):
 
 @pytest.mark.parametrize("method", ["absgd", "kl-radius"])
 def test_the_compiled_epoch_is_its_steps_in_a_loop(compiled, data, method):
-    if method == "absgd":
-        rule, start = temperature_rules(TINY, STEPS)[1], 1.0
-    else:
-        config = dataclasses.replace(TINY, temperature=math.inf, kl_radius=0.5)
-        (first, rule), start = temperature_rules(config, STEPS), math.inf
-        assert first == math.inf
-    state = in_second_stage(compiled.init(0), start)
-    end, metrics = compiled.train_epoch(state, data, rule)
+    hyper = hyper_of(4, **({} if method == "absgd" else {"temperature": math.inf, "kl_radius": 0.5}))
+    state = in_second_stage(compiled, compiled.init(hyper), hyper)
+    assert float(state.opt_state[0].temperature) == (1 if method == "absgd" else math.inf)
+    end, metrics = compiled.train_epoch(state, data, data, hyper)
 
-    batches, keys = compiled.functions.plan(state, 68)
+    batches, keys = compiled.functions.plan(state, data.labels, hyper)
     assert len(np.unique(batches)) == batches.size == 64
     losses, sizes = [], []
     for batch, key in zip(batches, keys, strict=True):
         images = normalise(crop_and_flip(pad(data.images), batch, key))
-        state, seen = compiled.step(state, images, data.labels[batch], rule)
+        state, seen = compiled.step(state, images, data.labels[batch], None, hyper)
         losses.append(float(seen.loss))
         sizes.append(float(seen.ess))
     close(end.params, state.params, rtol=1e-3, atol=1e-5)
@@ -210,8 +220,8 @@ def test_the_compiled_epoch_is_its_steps_in_a_loop(compiled, data, method):
 
 
 def test_a_step_at_infinity_is_momentum_sgd_of_the_mean(compiled, data):
-    rule = temperature_rules(TINY, STEPS)[0]
-    state, graphdef = compiled.init(0), tiny_network()
+    hyper, graphdef = hyper_of(), tiny_network()
+    state = compiled.init(hyper)
     images, labels = normalise(data.images[:64:4]), data.labels[:64:4]
 
     @jax.jit
@@ -227,7 +237,7 @@ def test_a_step_at_infinity_is_momentum_sgd_of_the_mean(compiled, data):
         (loss, stats), grads = gradient(params, stats)
         momentum = jax.tree.map(lambda m, g, p: 0.9 * m + g + 2e-4 * p, momentum, grads, params)
         params = jax.tree.map(lambda p, m: p - 0.1 * m, params, momentum)  # the only epoch of warm-up has 0.1 at once
-        state, metrics = compiled.step(state, images, labels, rule)
+        state, metrics = compiled.step(state, images, labels, None, hyper)
         assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-4)
         assert float(metrics.ess) == pytest.approx(1)
     close(state.params, params, rtol=1e-3, atol=1e-5)
@@ -235,23 +245,21 @@ def test_a_step_at_infinity_is_momentum_sgd_of_the_mean(compiled, data):
 
 
 def test_a_run_that_branches_off_sgd_is_the_run_from_the_start(compiled, data):
-    two_stages = temperature_rules(TINY, STEPS)[0].func
-    sgd, absgd = (jax.tree_util.Partial(two_stages, jnp.float32(t), jnp.int32(STEPS)) for t in (math.inf, 0.5))
-    straight, _ = compiled.train_epoch(compiled.init(0), data, absgd)
-    branched, _ = compiled.train_epoch(compiled.init(0), data, sgd)
+    sgd, absgd = hyper_of(temperature=math.inf), hyper_of(temperature=0.5, start=1)
+    straight, _ = compiled.train_epoch(compiled.init(absgd), data, data, absgd)
+    branched, _ = compiled.train_epoch(compiled.init(sgd), data, data, sgd)
     assert float(branched.opt_state[0].temperature) == math.inf
-    branched = take_over(branched, absgd)
-    ends = [compiled.train_epoch(state, data, absgd)[0] for state in (straight, branched)]
+    branched = compiled.functions.take_over(branched, absgd)
+    ends = [compiled.train_epoch(state, data, data, absgd)[0] for state in (straight, branched)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
-    assert take_over(ends[0], math.inf) is ends[0]  # what is no schedule needs nothing
 
 
 def test_epochs_reduce_the_loss_and_draw_other_batches(compiled, data):
-    rule, programs = temperature_rules(TINY, STEPS)[0], compiled.train_epoch._cache_size()
-    state, losses, plans = compiled.init(0), [], []
+    hyper, programs = hyper_of(), compiled.train_epoch._cache_size()
+    state, losses, plans = compiled.init(hyper), [], []
     for _ in range(4):
-        plans.append(np.asarray(compiled.functions.plan(state, 68)[0]))
-        state, metrics = compiled.train_epoch(state, data, rule)
+        plans.append(np.asarray(compiled.functions.plan(state, data.labels, hyper)[0]))
+        state, metrics = compiled.train_epoch(state, data, data, hyper)
         losses.append(float(metrics.loss))
     assert losses[-1] < losses[0]
     assert not np.array_equal(plans[0], plans[1])
@@ -259,8 +267,17 @@ def test_epochs_reduce_the_loss_and_draw_other_batches(compiled, data):
     assert compiled.train_epoch._cache_size() <= programs + 1  # nothing is compiled between epochs
 
 
+def test_balanced_batches_have_as_many_of_each_class(compiled, data):
+    hyper = hyper_of(balanced_batches=True)
+    state = compiled.init(hyper)
+    plan = jax.jit(compiled.functions.plan)
+    drawn = [plan(state._replace(epoch=jnp.int32(e)), data.labels, hyper)[0] for e in range(40)]
+    shares = np.bincount(np.asarray(data.labels)[np.ravel(drawn)], minlength=10) / np.size(drawn)
+    np.testing.assert_allclose(shares, 0.1, atol=5 * math.sqrt(0.09 / np.size(drawn)))
+
+
 def test_evaluation_counts_each_example_once(compiled, data):
-    state = compiled.init(0)
+    state = compiled.init(hyper_of())
 
     @jax.jit
     def guesses(images):
@@ -273,16 +290,28 @@ def test_evaluation_counts_each_example_once(compiled, data):
     assert hits.sum() > 0
 
 
-def test_seeds_and_temperatures_can_be_vectorised(compiled, data):
-    start = jnp.int32(0)
-    rules = [jax.tree_util.Partial(temperature_rules(TINY, STEPS)[0].func, jnp.float32(t), start) for t in (0.5, 2.0)]
-    states = [in_second_stage(compiled.init(seed), t) for seed, t in enumerate((0.5, 2.0))]
-
-    def stack(trees):
-        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-    vectorised = jax.jit(jax.vmap(compiled.functions.train_epoch, (0, None, 0)))
-    _, together = vectorised(stack(states), data, stack(rules))
-    alone = stack([compiled.train_epoch(state, data, rule)[1] for state, rule in zip(states, rules, strict=True)])
-    close(together, alone, rtol=1e-2)
+def test_runs_that_train_together_are_those_that_train_alone(compiled, data):
+    changes = [{"seed": 0, "temperature": 0.5}, {"seed": 1, "temperature": 2.0, "loss": "focal", "momentum": 0.0}]
+    hypers = [hyper_of(4, **change) for change in changes]
+    states = [in_second_stage(compiled, compiled.init(hyper), hyper) for hyper in hypers]
+    arguments = stack(states), data, data, stack(hypers)
+    _, together = jax.jit(over_runs(compiled.functions.train_epoch, arguments, 2))(*arguments)
+    alone = [compiled.train_epoch(s, data, data, h)[1] for s, h in zip(states, hypers, strict=True)]
+    close(together, stack(alone), rtol=1e-2)
     assert together.temperature.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("name", ["ncm", "lws"])
+def test_a_refitted_classifier_is_evaluated_like_any(compiled, data, name):
+    functions = make_functions(dataclasses.replace(TINY, temperature=math.inf, classifier=name), COUNTS)
+    state = compiled.init(hyper_of())
+    refitted = jax.jit(functions.refit)(state, data)
+    assert jax.tree.structure(refitted) == jax.tree.structure(state)
+    features = np.asarray(jax.jit(functions.features)(refitted, data))
+    assert features.shape == (68, 8)
+    layer = refitted.params["classifier"]
+    guesses = np.argmax(features @ np.asarray(layer["kernel"][...]) + np.asarray(layer["bias"][...]), -1)
+    labels = np.asarray(data.labels)
+    hits = np.bincount(labels, guesses == labels, minlength=10)
+    assert compiled.evaluate(refitted, data).tolist() == hits.tolist()
+    assert hits.sum() > compiled.evaluate(state, data).sum()
