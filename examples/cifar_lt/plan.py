@@ -68,7 +68,7 @@ def chain(segment: Segment | None) -> Iterator[Segment]:
 
 
 def together(ends: Iterable[Segment], kind: Any, at_most: int) -> list[list[Segment]]:
-    """All segments that lead to ``ends``, in groups of equal ``kind(segment)``: parents first, then the lowest seeds."""
+    """All segments that lead to ``ends``, in groups of equal ``kind(segment)``: parents first, then low seeds."""
     needed = {segment: len(list(chain(segment))) for end in ends for segment in chain(end)}
     keys = {segment: (depth, segment.first, segment.until, kind(segment)) for segment, depth in needed.items()}
     waiting = []

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,7 @@ def run(
       OutOfTimeError: when the deadline has passed; all finished epochs are kept.
     """
     for config, path in results.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.claim(path, config.identity())
     ends = plan.segments(results)
     unfinished = [ends[config] for config, path in results.items() if not path.exists()]
@@ -86,9 +87,9 @@ def run(
 
 
 def _kind(segment: Segment) -> str:
-    """What segments that train together have in common: the program, its shapes and the images."""
+    """What segments that train together have in common: the program, its inputs' structure and the images."""
     config, hyper = segment.config, make_hyper(segment.config, np.array([segment.config.batch_size]), segment.first)
-    return f"{_program(config)} {jax.tree.structure(hyper)}"
+    return f"{_program(config)} {config.classifier} {jax.tree.structure(hyper)}"
 
 
 def _program(config: Config) -> Config:
@@ -103,6 +104,7 @@ def _program(config: Config) -> Config:
         log_alpha=None,
         start=None,
         balanced_batches=False,
+        classifier="joint",
         learning_rate=0.1,
         momentum=0.9,
         weight_decay=0.0,
@@ -110,19 +112,23 @@ def _program(config: Config) -> Config:
     )
 
 
+class _Images(NamedTuple):
+    """The images of a run, on the host and on the device, and how many of each class are trained on."""
+
+    splits: Splits
+    data: dict[str, Data]
+    counts: np.ndarray
+
+
+def _images(config: Config) -> _Images:
+    return _load(dataclasses.replace(_program(config), loss="ce", algorithm="absgd", temperature=math.inf))
+
+
 @cache
-def _splits(source: Config) -> tuple[Splits, dict[str, Data], np.ndarray]:
+def _load(source: Config) -> _Images:
     splits = prepare(source)
     on_device = {name: Data(*map(jnp.asarray, split)) for name, split in splits._asdict().items()}
-    return splits, on_device, np.bincount(splits.train.labels, minlength=source.classes)
-
-
-def _images(config: Config) -> tuple[Splits, dict[str, Data], np.ndarray]:
-    """The images of a run, on the host and on the device, and how many of each class are trained on."""
-    source = dataclasses.replace(
-        _program(config), loss="ce", classifier="joint", algorithm="absgd", temperature=math.inf
-    )
-    return _splits(source)
+    return _Images(splits, on_device, np.bincount(splits.train.labels, minlength=source.classes))
 
 
 @cache
@@ -130,27 +136,24 @@ def _functions(program: Config, counts: tuple[int, ...]) -> Functions:
     return make_functions(program, np.array(counts))
 
 
-class _Programs:
-    """Functions over stacked runs, each compiled once for each structure of its arguments."""
-
-    def __init__(self, functions: Functions, runs: int):
-        self.functions, self.runs = functions, runs
-        self.compiled, self.compile_seconds = {}, 0.0
-
-    def __call__(self, name: str, *arguments: Any) -> Any:
-        key = name, jax.tree.structure(arguments), tuple(x.shape for x in jax.tree.leaves(arguments))
-        if key not in self.compiled:
-            began = time.perf_counter()
-            function = over_runs(getattr(self.functions, name), arguments, self.runs)
-            donated = 0 if name == "train_epoch" else ()
-            self.compiled[key] = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-            self.compile_seconds += time.perf_counter() - began
-        return self.compiled[key](*arguments)
+def _all_functions(config: Config, counts: np.ndarray) -> tuple[Functions, Functions]:
+    """The functions of a run, and those that do not depend on its algorithm, which are not compiled for each."""
+    network = dataclasses.replace(_program(config), algorithm="absgd", temperature=math.inf)
+    return _functions(_program(config), tuple(counts)), _functions(network, tuple(counts))
 
 
-@cache
-def _programs(program: Config, counts: tuple[int, ...], runs: int) -> _Programs:
-    return _Programs(_functions(program, counts), runs)
+_compiled: dict[Any, Any] = {}
+
+
+def _call(function: Callable, *arguments: Any, donate: bool = False) -> tuple[Any, float]:
+    """Calls a function over stacked runs, compiled once for each structure of its arguments, and that time."""
+    leaves, structure = jax.tree.flatten(arguments)
+    key, began = (function, structure, tuple((x.shape, x.dtype) for x in leaves)), time.perf_counter()
+    if key not in _compiled:
+        over = over_runs(function, arguments, len(jax.tree.leaves(arguments[0])[0]))
+        _compiled[key] = jax.jit(over, donate_argnums=0 if donate else ()).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    return _compiled[key](*arguments), seconds
 
 
 def over_runs(function: Callable, arguments: Sequence[Any], runs: int) -> Callable:
@@ -175,66 +178,72 @@ def stack(trees: Sequence[Any]) -> Any:
 def _train(chunk: Sequence[Segment], work: Path, progress: Progress, task: Any, deadline: float) -> None:
     """Trains segments together and leaves the state and the metrics of each."""
     config, first, until = chunk[0].config, chunk[0].first, chunk[0].until
-    _, images, counts = _images(config)
-    programs = _programs(_program(config), tuple(counts.tolist()), len(chunk))
-    hyper = stack([make_hyper(s.config, counts, first) for s in chunk])
-
-    state = programs("init", hyper)
-    if chunk[0].parent is not None:
-        states = [checkpoint.load(work / s.parent.name, _alone(state, config)) for s in chunk if s.parent]
-        state = programs("take_over", stack(states), hyper)
+    images = _images(config)
+    functions, network = _all_functions(config, images.counts)
+    hyper = stack([make_hyper(s.config, images.counts, first) for s in chunk])
+    label = chunk[0].config.name if len(chunk) == 1 else f"{len(chunk)} runs"
+    progress.update(task, description=label, shown="compiling")
+    if chunk[0].parent is None:
+        state, _ = _call(network.init, hyper)
+    else:
+        state = stack([checkpoint.load(work / s.parent.name, _shapes(network, hyper)) for s in chunk if s.parent])
+        state = over_runs(functions.take_over, (state, hyper), len(chunk))(state, hyper)
 
     folder = work / checkpoint.name_of([s.name for s in chunk])
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "metrics.jsonl"
-    label = chunk[0].config.name if len(chunk) == 1 else f"{len(chunk)} runs"
     with checkpoint.open_manager(folder) as manager:
         state = checkpoint.restore(manager, state)
         done = int(np.asarray(state.epoch)[0])
         lines = checkpoint.read_metrics(log, done)
-        progress.update(task, description=label, advance=len(chunk) * (done - first), shown="compiling")
+        progress.advance(task, len(chunk) * (done - first))
         for epoch in range(done, until):
             if time.monotonic() > deadline:
                 raise OutOfTimeError
-            began, compiled_before = time.perf_counter(), programs.compile_seconds
-            state, metrics = programs("train_epoch", state, images["train"], images["held_out"], hyper)
+            began = time.perf_counter()
+            arguments = state, images.data["train"], images.data["held_out"], hyper
+            (state, metrics), compiling = _call(functions.train_epoch, *arguments, donate=True)
             line: dict[str, Any] = {"epoch": epoch + 1}
             line |= {name: np.asarray(value, float).tolist() for name, value in metrics._asdict().items()}
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == until:
-                line |= _evaluate(programs, state, images)
-            line["compile_seconds"] = programs.compile_seconds - compiled_before
-            line["seconds"] = (time.perf_counter() - began - line["compile_seconds"]) / len(chunk)
+                accuracies, evaluating = _evaluate(network, state, images)
+                line, compiling = line | accuracies, compiling + evaluating
+            line["compile_seconds"] = compiling
+            line["seconds"] = (time.perf_counter() - began - compiling) / len(chunk)
             line = _finite_json(line)
             checkpoint.append_metrics(log, line)
             checkpoint.save(manager, epoch + 1, state)
             lines.append(line)
             progress.update(task, advance=len(chunk), shown=_shown(line))
-    if first == until:
+    if config.classifier != "joint":
         began = time.perf_counter()
-        state = programs("refit", state, images["train"])
-        line = {"epoch": until} | _evaluate(programs, state, images)
-        lines = [line | {"seconds": (time.perf_counter() - began) / len(chunk), "compile_seconds": 0.0}]
+        state, compiling = _call(network.refit[config.classifier], state, images.data["train"])
+        accuracies, evaluating = _evaluate(network, state, images)
+        compiling += evaluating
+        seconds = (time.perf_counter() - began - compiling) / len(chunk)
+        lines = [{"epoch": until, "compile_seconds": compiling, "seconds": seconds} | accuracies]
     for i, segment in enumerate(chunk):
         own = [{k: v[i] if isinstance(v, list) else v for k, v in line.items()} for line in lines]
         checkpoint.finish(work / segment.name, jax.tree.map(lambda x, i=i: x[i], state), own)
     checkpoint.remove(folder)
 
 
-def _alone(state: State, config: Config) -> State:
+def _shapes(network: Functions, hyper: Hyper) -> State:
     """The shape of one run's state as its parent left it."""
-    return jax.eval_shape(lambda s: jax.tree.map(lambda x: x[0], s._replace(recover=None)), state)
+    return jax.eval_shape(network.init, jax.tree.map(lambda x: x[0], hyper))
 
 
-def _evaluate(programs: _Programs, state: State, images: dict[str, Data]) -> dict[str, Any]:
-    """Accuracies of each run in percent."""
-    seen = {}
+def _evaluate(network: Functions, state: State, images: _Images) -> tuple[dict[str, Any], float]:
+    """Accuracies of each run in percent, and the seconds of compilation."""
+    seen, seconds = {}, 0.0
     for split, prefix in (("test", ""), ("validation", "val_")):
-        data = images[split]
+        data = images.data[split]
         if data.labels.size:
-            right = np.asarray(programs("evaluate", state, data))
-            per_class = 100 * right / np.bincount(data.labels, minlength=right.shape[-1])
+            right, compiling = _call(network.evaluate, state, data)
+            per_class = 100 * np.asarray(right) / np.bincount(data.labels, minlength=right.shape[-1])
             seen |= {f"{prefix}top1": per_class.mean(-1).tolist(), f"{prefix}per_class": per_class.tolist()}
-    return seen
+            seconds += compiling
+    return seen, seconds
 
 
 def _finite_json(line: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +256,7 @@ def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
     for part in plan.chain(segment):
         lines += checkpoint.finished_metrics(work / part.name)
     trained = [line for line in lines if "loss" in line]
-    splits, _, counts = _images(config)
+    images = _images(config)
     per_class = np.array(lines[-1]["per_class"])
     result = {
         "preset": config.preset,
@@ -263,8 +272,8 @@ def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
         "top1": round(lines[-1]["top1"], 3),
         "val_top1": round(lines[-1]["val_top1"], 3) if "val_top1" in lines[-1] else None,
         "per_class": per_class.round(2).tolist(),
-        **{name: round(float(per_class[mask].mean()), 3) for name, mask in groups(counts).items() if mask.any()},
-        "class_counts": counts.tolist(),
+        **{name: round(float(per_class[mask].mean()), 3) for name, mask in groups(images.counts).items() if mask.any()},
+        "class_counts": images.counts.tolist(),
         "ess_by_epoch": [jsonable(round(float(line["ess"]), 4)) for line in trained],
         "loss_by_epoch": [jsonable(round(float(line["loss"]), 4)) for line in trained],
         "temperature_by_epoch": [line["temperature"] for line in trained],
@@ -277,24 +286,20 @@ def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
         "config": config.identity(),
     }
     if config.seed == 0 and config.loss == "ce" and config.method in ("sgd", "absgd", "kl-radius"):
-        _write_features(segment, work, path, splits, counts)
+        _write_features(segment, work, path, images)
     checkpoint.write_json(path, result)
 
 
-def _write_features(segment: Segment, work: Path, path: Path, splits: Splits, counts: np.ndarray) -> None:
+def _write_features(segment: Segment, work: Path, path: Path, images: _Images) -> None:
     """The features of some test images, for a picture of them."""
-    config = segment.config
-    programs = _programs(_program(config), tuple(counts.tolist()), 1)
-    hyper = stack([make_hyper(config, counts, segment.first)])
-    state = checkpoint.load(work / segment.name, _alone(programs("init", hyper), config))
-    order = np.argsort(splits.test.labels, kind="stable")
-    ranks = np.arange(len(order)) - np.searchsorted(splits.test.labels[order], splits.test.labels[order])
-    chosen = order[ranks < FEATURES_PER_CLASS]
-    data = Data(jnp.asarray(splits.test.images[chosen]), jnp.asarray(splits.test.labels[chosen]))
-    features = np.asarray(programs("features", stack([state]), data))[0]
-    np.savez_compressed(
-        path.with_name(f"{path.stem}-features.npz"), features=features.astype(np.float16), labels=data.labels
-    )
+    (test_images, labels), counts = images.splits.test, images.counts
+    _, network = _all_functions(segment.config, counts)
+    hyper = stack([make_hyper(segment.config, counts, segment.first)])
+    state = checkpoint.load(work / segment.name, _shapes(network, hyper))
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:FEATURES_PER_CLASS] for c in range(len(counts))])
+    data = Data(jnp.asarray(test_images[chosen]), jnp.asarray(labels[chosen]))
+    features = np.asarray(_call(network.features, stack([state]), data)[0][0], np.float16)
+    np.savez_compressed(path.with_name(f"{path.stem}-features.npz"), features=features, labels=labels[chosen])
 
 
 def _shown(line: dict[str, Any]) -> str:

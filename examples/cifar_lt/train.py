@@ -4,6 +4,7 @@ They hold nothing and can be transformed: ``jax.vmap`` of ``train_epoch`` trains
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ class Functions(NamedTuple):
     train_epoch: Callable[[State, Data, Data, Hyper], tuple[State, Metrics]]
     evaluate: Callable[[State, Data], jax.Array]
     features: Callable[[State, Data], jax.Array]
-    refit: Callable[[State, Data], State]
+    refit: dict[str, Callable[[State, Data], State]]
 
 
 def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
@@ -78,7 +79,7 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
       ``train_epoch(state, data, held_out, hyper) -> (State, Metrics)``.
       ``evaluate(state, data) -> correct``, the correctly classified examples of each class, shape (C,).
       ``features(state, data)``, what the classifier sees, shape (N, D).
-      ``refit(state, data) -> State``, with the classifier that ``config.classifier`` fits to the features.
+      ``refit[name](state, data) -> State``, with the classifier of that name fitted to the features.
     """
     steps = steps_per_epoch(config, class_counts)
     objective = make_objective(class_counts)
@@ -222,15 +223,13 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
         model = merge(state)
         return over_batches(lambda images: model.features(images, train=False), data)
 
-    def refit(state, data):
-        if config.classifier == "joint":
-            return state
+    def refit(fit, state, data):
         model = merge(state)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), config.epochs)
         layer: Any = model.classifier
-        linear = Linear(layer.kernel[...], layer.bias[...])
-        linear = CLASSIFIERS[config.classifier](features(state, data), data.labels, linear, key)
-        layer.kernel[...], layer.bias[...] = linear
+        fitted = fit(features(state, data), data.labels, Linear(layer.kernel[...], layer.bias[...]), key)
+        layer.kernel[...], layer.bias[...] = fitted
         return state._replace(params=nnx.state(model, nnx.Param))
 
-    return Functions(init, take_over, plan, step, train_epoch, evaluate, features, refit)
+    refits = {name: partial(refit, fit) for name, fit in CLASSIFIERS.items()}
+    return Functions(init, take_over, plan, step, train_epoch, evaluate, features, refits)

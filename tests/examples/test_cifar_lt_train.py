@@ -303,9 +303,9 @@ def test_runs_that_train_together_are_those_that_train_alone(compiled, data):
 
 @pytest.mark.parametrize("name", ["ncm", "lws"])
 def test_a_refitted_classifier_is_evaluated_like_any(compiled, data, name):
-    functions = make_functions(dataclasses.replace(TINY, temperature=math.inf, classifier=name), COUNTS)
+    functions = compiled.functions
     state = compiled.init(hyper_of())
-    refitted = jax.jit(functions.refit)(state, data)
+    refitted = jax.jit(functions.refit[name])(state, data)
     assert jax.tree.structure(refitted) == jax.tree.structure(state)
     features = np.asarray(jax.jit(functions.features)(refitted, data))
     assert features.shape == (68, 8)
