@@ -17,24 +17,24 @@ def shortcut(x: jax.Array, stride: int, channels: int) -> jax.Array:
 
 
 class ConvNorm(nnx.Module):
-    """A 3x3 convolution without bias, and batch normalisation."""
+    """A 3x3 convolution without bias, and batch normalisation, whose statistics are float32 whatever ``dtype`` is."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int = 1, *, rngs: nnx.Rngs):
+    def __init__(self, channels_in: int, channels: int, stride: int = 1, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.stride = stride
         self.kernel = nnx.Param(_he(rngs.params(), (3, 3, channels_in, channels)))
-        self.norm = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+        self.norm = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return self.norm(conv3x3(x, self.kernel[...], self.stride), use_running_average=not train)
+        return self.norm(conv3x3(x, self.kernel[...].astype(x.dtype), self.stride), use_running_average=not train)
 
 
 class Block(nnx.Module):
     """Two convolutions and the shortcut around them."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels_in: int, channels: int, stride: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.stride, self.channels = stride, channels
-        self.first = ConvNorm(channels_in, channels, stride, rngs=rngs)
-        self.second = ConvNorm(channels, channels, rngs=rngs)
+        self.first = ConvNorm(channels_in, channels, stride, dtype=dtype, rngs=rngs)
+        self.second = ConvNorm(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = self.second(nnx.relu(self.first(x, train=train)), train=train)
@@ -64,20 +64,24 @@ class ResNet(nnx.Module):
       classes: number of classes.
       width: channels of the first stage; the published networks have 16.
       cosine: whether the classifier is normalised, without bias (for LDAM).
+      dtype: of images between the layers; parameters, statistics and logits are float32 whatever it is.
       rngs: the source of the initial parameters.
     """
 
-    def __init__(self, depth: int, classes: int, *, width: int = 16, cosine: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, depth: int, classes: int, *, width: int = 16, cosine: bool = False, dtype=jnp.float32, rngs: nnx.Rngs
+    ):
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth={depth}: a CIFAR ResNet has depth 6n + 2, such as 8, 20, 32, 44, 56 or 110.")
-        self.stem = ConvNorm(3, width, rngs=rngs)
+        self.dtype = dtype
+        self.stem = ConvNorm(3, width, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List()
         channels_in = width
         for stage, channels in enumerate((width, 2 * width, 4 * width)):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                self.blocks.append(Block(channels_in, channels, stride, rngs=rngs))
+                self.blocks.append(Block(channels_in, channels, stride, dtype=dtype, rngs=rngs))
                 channels_in = channels
         if cosine:
             self.classifier = CosineClassifier(channels_in, classes, rngs=rngs)
@@ -90,7 +94,7 @@ class ResNet(nnx.Module):
 
     def features(self, x: jax.Array, *, train: bool) -> jax.Array:
         """What the classifier sees, shape (N, 4 * width)."""
-        x = nnx.relu(self.stem(x, train=train))
+        x = nnx.relu(self.stem(x.astype(self.dtype), train=train))
         for block in self.blocks:
             x = block(x, train=train)
-        return jnp.mean(x, axis=(1, 2))
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

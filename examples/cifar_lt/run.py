@@ -22,7 +22,7 @@ from examples.cifar_lt.imbalance import groups
 from examples.cifar_lt.plan import Segment
 from examples.cifar_lt.schedule import Hyper, make_hyper
 from examples.cifar_lt.subsets import Splits, prepare
-from examples.cifar_lt.train import Data, Functions, State, make_functions
+from examples.cifar_lt.train import Data, Functions, State, make_functions, precision
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -69,7 +69,7 @@ def run(
         checkpoint.claim(path, config.identity())
     ends = plan.segments(results)
     unfinished = [ends[config] for config, path in results.items() if not path.exists()]
-    chunks = plan.together(unfinished, _kind, runs_together)
+    chunks = plan.together(unfinished, kind, runs_together)
     total = sum((s.until - s.first) for chunk in chunks for s in chunk)
     of_segment = {segment: config for config, segment in ends.items()}
     with Progress(*COLUMNS, console=console) as progress:
@@ -86,7 +86,7 @@ def run(
     return {config: json.loads(path.read_text()) for config, path in results.items()}
 
 
-def _kind(segment: Segment) -> str:
+def kind(segment: Segment) -> str:
     """What segments that train together have in common: the program, its inputs' structure and the images."""
     config, hyper = segment.config, make_hyper(segment.config, np.array([segment.config.batch_size]), segment.first)
     return f"{_program(config)} {config.classifier} {jax.tree.structure(hyper)}"
@@ -112,7 +112,7 @@ def _program(config: Config) -> Config:
     )
 
 
-class _Images(NamedTuple):
+class Images(NamedTuple):
     """The images of a run, on the host and on the device, and how many of each class are trained on."""
 
     splits: Splits
@@ -120,15 +120,15 @@ class _Images(NamedTuple):
     counts: np.ndarray
 
 
-def _images(config: Config) -> _Images:
+def images_of(config: Config) -> Images:
     return _load(dataclasses.replace(_program(config), loss="ce", algorithm="absgd", temperature=math.inf))
 
 
 @cache
-def _load(source: Config) -> _Images:
+def _load(source: Config) -> Images:
     splits = prepare(source)
     on_device = {name: Data(*map(jnp.asarray, split)) for name, split in splits._asdict().items()}
-    return _Images(splits, on_device, np.bincount(splits.train.labels, minlength=source.classes))
+    return Images(splits, on_device, np.bincount(splits.train.labels, minlength=source.classes))
 
 
 @cache
@@ -136,7 +136,7 @@ def _functions(program: Config, counts: tuple[int, ...]) -> Functions:
     return make_functions(program, np.array(counts))
 
 
-def _all_functions(config: Config, counts: np.ndarray) -> tuple[Functions, Functions]:
+def all_functions(config: Config, counts: np.ndarray) -> tuple[Functions, Functions]:
     """The functions of a run, and those that do not depend on its algorithm, which are not compiled for each."""
     network = dataclasses.replace(_program(config), algorithm="absgd", temperature=math.inf)
     return _functions(_program(config), tuple(counts)), _functions(network, tuple(counts))
@@ -145,7 +145,7 @@ def _all_functions(config: Config, counts: np.ndarray) -> tuple[Functions, Funct
 _compiled: dict[Any, Any] = {}
 
 
-def _call(function: Callable, *arguments: Any, donate: bool = False) -> tuple[Any, float]:
+def call(function: Callable, *arguments: Any, donate: bool = False) -> tuple[Any, float]:
     """Calls a function over stacked runs, compiled once for each structure of its arguments, and that time."""
     leaves, structure = jax.tree.flatten(arguments)
     key, began = (function, structure, tuple((x.shape, x.dtype) for x in leaves)), time.perf_counter()
@@ -178,13 +178,13 @@ def stack(trees: Sequence[Any]) -> Any:
 def _train(chunk: Sequence[Segment], work: Path, progress: Progress, task: Any, deadline: float) -> None:
     """Trains segments together and leaves the state and the metrics of each."""
     config, first, until = chunk[0].config, chunk[0].first, chunk[0].until
-    images = _images(config)
-    functions, network = _all_functions(config, images.counts)
+    images = images_of(config)
+    functions, network = all_functions(config, images.counts)
     hyper = stack([make_hyper(s.config, images.counts, first) for s in chunk])
     label = chunk[0].config.name if len(chunk) == 1 else f"{len(chunk)} runs"
     progress.update(task, description=label, shown="compiling")
     if chunk[0].parent is None:
-        state, _ = _call(network.init, hyper)
+        state, _ = call(network.init, hyper)
     else:
         state = stack([checkpoint.load(work / s.parent.name, _shapes(network, hyper)) for s in chunk if s.parent])
         state = over_runs(functions.take_over, (state, hyper), len(chunk))(state, hyper)
@@ -202,7 +202,7 @@ def _train(chunk: Sequence[Segment], work: Path, progress: Progress, task: Any, 
                 raise OutOfTimeError
             began = time.perf_counter()
             arguments = state, images.data["train"], images.data["held_out"], hyper
-            (state, metrics), compiling = _call(functions.train_epoch, *arguments, donate=True)
+            (state, metrics), compiling = call(functions.train_epoch, *arguments, donate=True)
             line: dict[str, Any] = {"epoch": epoch + 1}
             line |= {name: np.asarray(value, float).tolist() for name, value in metrics._asdict().items()}
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == until:
@@ -217,7 +217,7 @@ def _train(chunk: Sequence[Segment], work: Path, progress: Progress, task: Any, 
             progress.update(task, advance=len(chunk), shown=_shown(line))
     if config.classifier != "joint":
         began = time.perf_counter()
-        state, compiling = _call(network.refit[config.classifier], state, images.data["train"])
+        state, compiling = call(network.refit[config.classifier], state, images.data["train"])
         accuracies, evaluating = _evaluate(network, state, images)
         compiling += evaluating
         seconds = (time.perf_counter() - began - compiling) / len(chunk)
@@ -233,13 +233,13 @@ def _shapes(network: Functions, hyper: Hyper) -> State:
     return jax.eval_shape(network.init, jax.tree.map(lambda x: x[0], hyper))
 
 
-def _evaluate(network: Functions, state: State, images: _Images) -> tuple[dict[str, Any], float]:
+def _evaluate(network: Functions, state: State, images: Images) -> tuple[dict[str, Any], float]:
     """Accuracies of each run in percent, and the seconds of compilation."""
     seen, seconds = {}, 0.0
     for split, prefix in (("test", ""), ("validation", "val_")):
         data = images.data[split]
         if data.labels.size:
-            right, compiling = _call(network.evaluate, state, data)
+            right, compiling = call(network.evaluate, state, data)
             per_class = 100 * np.asarray(right) / np.bincount(data.labels, minlength=right.shape[-1])
             seen |= {f"{prefix}top1": per_class.mean(-1).tolist(), f"{prefix}per_class": per_class.tolist()}
             seconds += compiling
@@ -256,7 +256,7 @@ def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
     for part in plan.chain(segment):
         lines += checkpoint.finished_metrics(work / part.name)
     trained = [line for line in lines if "loss" in line]
-    images = _images(config)
+    images = images_of(config)
     per_class = np.array(lines[-1]["per_class"])
     result = {
         "preset": config.preset,
@@ -281,6 +281,7 @@ def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
         "seconds": round(sum(line["seconds"] for line in lines), 2),
         "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 2),
         "hardware": hardware(),
+        "precision": jnp.dtype(precision()).name,
         "versions": versions(),
         "command": command,
         "config": config.identity(),
@@ -290,15 +291,15 @@ def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
     checkpoint.write_json(path, result)
 
 
-def _write_features(segment: Segment, work: Path, path: Path, images: _Images) -> None:
+def _write_features(segment: Segment, work: Path, path: Path, images: Images) -> None:
     """The features of some test images, for a picture of them."""
     (test_images, labels), counts = images.splits.test, images.counts
-    _, network = _all_functions(segment.config, counts)
+    _, network = all_functions(segment.config, counts)
     hyper = stack([make_hyper(segment.config, counts, segment.first)])
     state = checkpoint.load(work / segment.name, _shapes(network, hyper))
     chosen = np.concatenate([np.flatnonzero(labels == c)[:FEATURES_PER_CLASS] for c in range(len(counts))])
     data = Data(jnp.asarray(test_images[chosen]), jnp.asarray(labels[chosen]))
-    features = np.asarray(_call(network.features, stack([state]), data)[0][0], np.float16)
+    features = np.asarray(call(network.features, stack([state]), data)[0][0], np.float16)
     np.savez_compressed(path.with_name(f"{path.stem}-features.npz"), features=features, labels=labels[chosen])
 
 

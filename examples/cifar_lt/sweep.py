@@ -11,18 +11,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import tyro
 from rich.console import Console
 
-from examples.cifar_lt import pack
+from examples.cifar_lt import checkpoint, pack, plan, profile
 from examples.cifar_lt.cells import TABLES, cells
 from examples.cifar_lt.config import Config, Preset
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.errors import UserError
-from examples.cifar_lt.run import OutOfTimeError, run
+from examples.cifar_lt.run import OutOfTimeError, kind, run
 from examples.cifar_lt.subsets import identity, packed_file, prepare
 
 
@@ -50,6 +50,8 @@ class Options:
     """Folder of packed images, in place of the archives."""
     pack: Path | None = None
     """Only pack the images of the columns into this folder, to carry them to a machine without a network."""
+    profile: bool = False
+    """Only train the first runs for some epochs: what they cost, and how near that is to the device's limits."""
     runs_together: int = 1 if jax.default_backend() == "cpu" else 64
     """Runs that are trained in one program at most."""
     max_minutes: float = float("inf")
@@ -81,6 +83,13 @@ def write_packs(runs: Sequence[Config], folder: Path, console: Console) -> None:
         console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
+def show_profile(measured: dict[str, Any], folder: Path, console: Console) -> None:
+    """Writes profile.json and prints it."""
+    checkpoint.write_json(folder / "profile.json", measured)
+    for name, value in measured.items():
+        console.print(f"{name.replace('_', ' '):<34} {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
 def command(config: Config) -> str:
     """The command that gives one run alone."""
     default = CONFIGS[config.preset].identity()
@@ -100,6 +109,11 @@ def main(options: Options) -> int:
     try:
         if options.pack is not None:
             write_packs(list(runs), options.pack, console)
+            return 0
+        if options.profile:
+            first = plan.together(plan.segments(runs).values(), kind, options.runs_together)[0]
+            measured = profile.profile([segment.config for segment in first])
+            show_profile(measured, options.out / options.preset, console)
             return 0
         deadline = time.monotonic() + 60 * options.max_minutes
         run(runs, options.work, command, console, runs_together=options.runs_together, deadline=deadline)

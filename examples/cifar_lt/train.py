@@ -25,6 +25,11 @@ from examples.cifar_lt.schedule import Hyper, learning_rate_factor, steps_per_ep
 EVAL_BATCH = 500
 
 
+def precision() -> Any:
+    """The type of images between the layers. Parameters, batch statistics, losses and the risk are float32."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
 class Data(NamedTuple):
     """Images and labels on the device."""
 
@@ -85,7 +90,8 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
     objective = make_objective(class_counts)
 
     def make_model(key):
-        return ResNet(config.depth, config.classes, width=config.width, cosine=config.cosine, rngs=nnx.Rngs(key))
+        shape = {"depth": config.depth, "classes": config.classes, "width": config.width, "cosine": config.cosine}
+        return ResNet(**shape, dtype=precision(), rngs=nnx.Rngs(key))
 
     graphdef, *_ = nnx.split(nnx.eval_shape(make_model, jax.random.key(0)), nnx.Param, nnx.BatchStat)
 

@@ -6,17 +6,21 @@ import json
 import math
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from examples.cifar_lt import cells, checkpoint, pack, plan, sweep
+from examples.cifar_lt import cells, checkpoint, pack, plan, profile, sweep
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.data import Split
 from examples.cifar_lt.errors import UserError
 from examples.cifar_lt.imbalance import class_counts, subset
 from examples.cifar_lt.main import parse
+from examples.cifar_lt.models import ResNet
 from examples.cifar_lt.run import OutOfTimeError, run
 from examples.cifar_lt.subsets import Splits, identity, packed_file
 
@@ -121,6 +125,22 @@ def test_what_runs_have_in_common_is_trained_once():
             assert all(s.parent in done for s in group)
             done.update(group)
         assert done == every | {None}
+
+
+def test_what_an_epoch_costs(packed):
+    """The counts of operations are those of the compiler, which leaves out products with the padding's zeros."""
+    network = nnx.eval_shape(lambda: ResNet(32, 10, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(network)
+    forwards = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, train=False))
+    counted = forwards.lower(state, jnp.zeros((1, 32, 32, 3))).cost_analysis()["flops"]
+    assert profile.training_flops(CONFIGS["paper"]) / 3 == pytest.approx(counted, rel=0.1)
+    image, one, two, three = (pixels * pixels * channels for pixels, channels in ((32, 3), (32, 16), (16, 32), (8, 64)))
+    moved = 3 * image + 2 * one + 10 * 5 * one + 3 * one + 2 * two + 9 * 5 * two + 3 * two + 2 * three + 9 * 5 * three
+    assert profile.least_bytes(CONFIGS["paper"], 2) == 2 * moved
+    measured = profile.profile([dataclasses.replace(SMOKE, packed=packed)])
+    assert measured["images_per_epoch"] == 224
+    assert 0 < measured["fraction_of_matrix_product"] < 1
+    assert 0 < measured["fraction_of_copy"] < 1
 
 
 def test_the_tables_have_their_cells():

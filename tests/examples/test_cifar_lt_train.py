@@ -46,6 +46,25 @@ def test_shapes_and_cosines():
         ResNet(9, 10, rngs=nnx.Rngs(0))
 
 
+def test_in_bfloat16_only_the_images_between_the_layers_are():
+    def loss(model, images):
+        logits = model(images, train=True)
+        return jnp.sum(logits[:, 0]), (logits, nnx.state(model, nnx.BatchStat))
+
+    @partial(jax.jit, static_argnums=0)
+    def run(dtype, images):
+        model = ResNet(8, 10, width=4, dtype=dtype, rngs=nnx.Rngs(0))
+        (_, seen), grads = nnx.value_and_grad(loss, has_aux=True)(model, images)
+        return seen, grads, model.stem(images.astype(dtype), train=True)
+
+    images = jax.random.normal(jax.random.key(0), (16, 32, 32, 3))
+    half, single = run(jnp.bfloat16, images), run(jnp.float32, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half[:2])} == {jnp.dtype("float32")}
+    assert half[2].dtype == jnp.bfloat16
+    (logits, _), (truth, _) = half[0], single[0]
+    assert 0 < float(jnp.max(jnp.abs(logits - truth))) < 0.1 * float(jnp.max(jnp.abs(truth)))
+
+
 def test_initialisation_is_he():
     kernel = ConvNorm(64, 64, rngs=nnx.Rngs(0)).kernel[...]
     assert float(jnp.std(kernel)) == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
