@@ -29,8 +29,9 @@ docs: .venv/.dev ## the documentation site, into site/
 build: .venv/.dev ## sdist and wheel, into dist/
 	$(BIN)/python -m build
 
-mini: .venv/.examples ## CIFAR-10-LT with a small ResNet on the CPU, all methods (half an hour; downloads CIFAR-10)
-	$(BIN)/python -m examples.cifar_lt.compare --preset mini --data-dir data
+mini: .venv/.examples ## CIFAR-10-LT with a small ResNet on the CPU, all methods (an hour; downloads CIFAR-10)
+	$(BIN)/python -m examples.cifar_lt.sweep --preset mini --columns cifar10-lt-100 --out results --data-dir data
+	$(BIN)/python -m examples.cifar_lt.report results/mini
 
 clean: ## remove the environment and everything built
 	rm -rf .venv dist site .pytest_cache .ruff_cache .hypothesis .coverage*

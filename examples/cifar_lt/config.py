@@ -10,9 +10,11 @@ from examples.cifar_lt.errors import UserError
 Preset = Literal["smoke", "mini", "paper"]
 Loss = Literal["ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "balanced-softmax", "logit-adjustment"]
 Algorithm = Literal["absgd", "recover", "meta", "l2rw"]
+Trained = Literal["all", "last-block", "classifier"]
 Classifier = Literal["joint", "ncm", "crt", "tau-norm", "lws"]
 PRESETS: tuple[str, ...] = get_args(Preset)
 LOSSES: tuple[str, ...] = get_args(Loss)
+TRAINED: tuple[str, ...] = get_args(Trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Config:
     epochs: int
     """All epochs. The second stage begins after 80 % of them."""
     decay: float
-    """Factor on the learning rate after 80 % of the epochs, and again after 90 %."""
+    """Factor on the learning rate in the second stage, after 80 % of the epochs, and again after 90 %."""
     n_max: int | None
     """Training images of the largest class. None takes all there are."""
     test_per_class: int | None
@@ -64,6 +66,14 @@ class Config:
     """log α of SCENT's rule, which sets γ by the running risk."""
     start: int | None = None
     """Epochs before λ becomes finite. By default the first stage."""
+    trained: Trained = "all"
+    """What the second stage trains: all layers, the last block and the classifier, or the classifier alone."""
+    mixup: bool = False
+    """Mix each image with another one of the batch, in a proportion that is uniform between 0 and 1."""
+    cutout: int = 0
+    """Side of a square that is cut out of each image, in pixels."""
+    label_smoothing: float = 0.0
+    """Part of the label that is spread over all classes."""
     balanced_batches: bool = False
     """Re-sampling: batches with as many images of each class, drawn with replacement."""
     classifier: Classifier = "joint"
@@ -98,6 +108,8 @@ class Config:
             "--validation must be at least 0 and less than 1": 0 <= self.validation < 1,
             "--temperature must be a number other than 0": self.temperature != 0 and not math.isnan(self.temperature),
             "--gamma must be above 0 and at most 1": 0 < self.gamma <= 1,
+            "--cutout must be from 0 to 32": 0 <= self.cutout <= 32,
+            "--label-smoothing must be at least 0 and less than 1": 0 <= self.label_smoothing < 1,
             "--start must be at least 0 and less than --epochs": self.start is None or 0 <= self.start < self.epochs,
             "--symmetric-noise must be at least 0 and less than 1": 0 <= self.symmetric_noise < 1,
             "--human-labels and --symmetric-noise: choose one": not (self.human_labels and self.symmetric_noise),

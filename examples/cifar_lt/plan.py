@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from examples.cifar_lt.config import Config
 
 SECOND_STAGE_ONLY = {"algorithm": "absgd", "temperature": math.inf, "kl_radius": None, "start": None}
-SECOND_STAGE_ONLY |= {"gamma": 0.9, "log_alpha": None}
+SECOND_STAGE_ONLY |= {"gamma": 0.9, "log_alpha": None, "trained": "all", "decay": 1.0}
 
 
 class Segment(NamedTuple):

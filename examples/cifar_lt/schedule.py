@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import absgd_jax
-from examples.cifar_lt.config import Config
+from examples.cifar_lt.config import TRAINED, Config
 from examples.cifar_lt.errors import UserError
 from examples.cifar_lt.objective import class_weights, index_of
 
@@ -19,7 +19,12 @@ class Hyper(NamedTuple):
     loss: Any  # index into objective.NAMES
     class_weights: Any  # of the second stage, shape (C,)
     balanced: Any  # whether batches are drawn class by class
+    label_smoothing: Any
+    mixup: Any  # whether images are mixed
+    cutout: Any  # side of the square, in pixels
+    trained: Any  # index into config.TRAINED
     learning_rate: Any  # between the warm-up and the first decay
+    decay: Any
     momentum: Any
     weight_decay: Any
     temperature: Any  # ABSGD's: a schedule (as a pytree) or a KL radius
@@ -48,7 +53,12 @@ def make_hyper(config: Config, class_counts: np.ndarray, epoch: int) -> Hyper:
         loss=jnp.int32(index_of(config.loss)),
         class_weights=jnp.asarray(class_weights(weighed, class_counts)),
         balanced=jnp.asarray(config.balanced_batches),
+        label_smoothing=jnp.float32(config.label_smoothing),
+        mixup=jnp.asarray(config.mixup),
+        cutout=jnp.int32(config.cutout),
+        trained=jnp.int32(TRAINED.index(config.trained)),
         learning_rate=jnp.float32(config.learning_rate),
+        decay=jnp.float32(config.decay),
         momentum=jnp.float32(config.momentum),
         weight_decay=jnp.float32(config.weight_decay),
         temperature=temperature,
@@ -60,8 +70,8 @@ def _two_stages(temperature, start, count):
     return jnp.where(count < start, jnp.inf, temperature)
 
 
-def learning_rate_factor(config: Config, epoch: jax.Array) -> jax.Array:
-    """What multiplies the learning rate: rising in equal parts over the warm-up, then 1 but for two decays."""
+def learning_rate(config: Config, hyper: Hyper, epoch: jax.Array) -> jax.Array:
+    """Of an epoch: rising in equal parts over the warm-up, then constant but for two decays."""
     warm = jnp.minimum((epoch + 1) / max(config.warmup, 1), 1)
     decays = jnp.where(epoch >= config.second_stage, 1, 0) + jnp.where(epoch >= config.second_decay, 1, 0)
-    return warm * config.decay**decays
+    return hyper.learning_rate * warm * hyper.decay**decays

@@ -123,7 +123,8 @@ def main(options: Options) -> int:
     except (OutOfTimeError, KeyboardInterrupt) as stop:
         print("Stopped. The same command goes on after the last whole epoch.", file=sys.stderr)
         return 0 if isinstance(stop, OutOfTimeError) else 1
-    console.print(f"{len(runs)} cells in {options.out / options.preset}. See: python -m examples.cifar_lt.report")
+    folder = options.out / options.preset
+    console.print(f"{len(runs)} cells in {folder}. See: python -m examples.cifar_lt.report {folder}")
     return 0
 
 

@@ -15,12 +15,12 @@ from flax import nnx
 
 import absgd_jax
 from examples.cifar_lt import meta, recover
-from examples.cifar_lt.augment import crop_and_flip, normalise, pad
+from examples.cifar_lt.augment import crop_and_flip, cut_out, normalise, pad
 from examples.cifar_lt.classifiers import CLASSIFIERS, Linear, balanced_batch
 from examples.cifar_lt.config import Config
 from examples.cifar_lt.models import ResNet
 from examples.cifar_lt.objective import make_objective
-from examples.cifar_lt.schedule import Hyper, learning_rate_factor, steps_per_epoch
+from examples.cifar_lt.schedule import Hyper, learning_rate, steps_per_epoch
 
 EVAL_BATCH = 500
 
@@ -58,13 +58,22 @@ class Metrics(NamedTuple):
     lr: jax.Array  # learning rate
 
 
+class Batch(NamedTuple):
+    """Augmented and normalised images, each of which may be mixed of two."""
+
+    images: jax.Array  # shape=(B, 32, 32, 3), dtype=float32
+    labels: jax.Array  # shape=(B,)
+    others: jax.Array  # labels of the images that are mixed in, shape=(B,)
+    share: Any  # of the first image; 1 if none is mixed in
+
+
 class Functions(NamedTuple):
     """The pure functions that :func:`make_functions` makes."""
 
     init: Callable[[Hyper], State]
     take_over: Callable[[State, Hyper], State]
     plan: Callable[[State, jax.Array, Hyper], tuple[jax.Array, jax.Array]]
-    step: Callable[..., tuple[State, Metrics]]
+    step: Callable[[State, "Batch", "Batch | None", Hyper], tuple[State, Metrics]]
     train_epoch: Callable[[State, Data, Data, Hyper], tuple[State, Metrics]]
     evaluate: Callable[[State, Data], jax.Array]
     features: Callable[[State, Data], jax.Array]
@@ -79,8 +88,8 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
       ``take_over(state, hyper) -> State``, a state that a run with other settings has left, ready for ``hyper``.
       ``plan(state, labels, hyper) -> (batches, keys)``, the indices of each batch of the coming epoch and the key of
       each step.
-      ``step(state, images, labels, held_out, hyper) -> (State, Metrics)``, one update on augmented and normalised
-      images; ``held_out`` is a balanced batch for META and L2RW.
+      ``step(state, batch, held_out, hyper) -> (State, Metrics)``, one update; ``held_out`` is a balanced batch for META
+      and L2RW.
       ``train_epoch(state, data, held_out, hyper) -> (State, Metrics)``.
       ``evaluate(state, data) -> correct``, the correctly classified examples of each class, shape (C,).
       ``features(state, data)``, what the classifier sees, shape (N, D).
@@ -93,10 +102,9 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
         shape = {"depth": config.depth, "classes": config.classes, "width": config.width, "cosine": config.cosine}
         return ResNet(**shape, dtype=precision(), rngs=nnx.Rngs(key))
 
-    graphdef, *_ = nnx.split(nnx.eval_shape(make_model, jax.random.key(0)), nnx.Param, nnx.BatchStat)
-
-    def learning_rate(state, hyper):
-        return hyper.learning_rate * learning_rate_factor(config, state.epoch)
+    graphdef, shapes, _ = nnx.split(nnx.eval_shape(make_model, jax.random.key(0)), nnx.Param, nnx.BatchStat)
+    last_block = (config.depth - 2) // 2 - 1
+    parts = jax.tree_util.tree_map_with_path(lambda path, _: part_of(path, last_block), shapes)
 
     def make_optimizer(learning_rate, hyper):
         plain = config.algorithm != "absgd"
@@ -123,37 +131,47 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
         storm = recover.init(state.params) if config.algorithm == "recover" else None
         return state._replace(recover=storm)
 
-    def forward(params, batch_stats, images, labels, hyper):
-        model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        losses = objective(hyper.loss, model(images, train=True), labels)
-        return losses, nnx.state(model, nnx.BatchStat)
+    def smoothed(logits, labels, hyper):
+        def loss(labels):
+            return objective(hyper.loss, logits, labels)
 
-    def weigh_by_class(epoch, hyper, labels):
-        return jnp.where(epoch >= config.second_stage, hyper.class_weights[labels], 1)
+        of_all = jax.vmap(lambda c: loss(jnp.full_like(labels, c)), out_axes=-1)(jnp.arange(config.classes))
+        return (1 - hyper.label_smoothing) * loss(labels) + hyper.label_smoothing * jnp.mean(of_all, -1)
 
-    def learnt_weights(class_weights, state, images, labels, held_out, hyper):
+    def forward(params, state, batch, hyper, class_weights):
+        """One loss per example, weighted by class, and the new batch statistics."""
+        model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
+        logits = model(batch.images, train=True)
+        losses = class_weights[batch.labels] * smoothed(logits, batch.labels, hyper)
+        others = class_weights[batch.others] * smoothed(logits, batch.others, hyper)
+        return batch.share * losses + (1 - batch.share) * others, nnx.state(model, nnx.BatchStat)
+
+    def learnt_weights(state, batch, held_out, hyper):
         """The weights of a batch's examples by META or L2RW."""
+        equal = jnp.ones(config.classes)
 
         def losses_of(params):
-            return forward(params, state.batch_stats, images, labels, hyper)[0]
+            return forward(params, state, batch, hyper, equal)[0]
 
         def held_out_loss(params):
-            return jnp.mean(forward(params, state.batch_stats, held_out.images, held_out.labels, hyper)[0])
+            return jnp.mean(forward(params, state, held_out, hyper, equal)[0])
 
         if config.algorithm == "l2rw":
-            return class_weights * meta.l2rw(losses_of, state.params, held_out_loss)
-        rate = config.batch_size * learning_rate(state, hyper)  # the authors' step ahead is on the sum of the losses
-        return meta.jamal(losses_of, state.params, held_out_loss, class_weights, rate)
+            return meta.l2rw(losses_of, state.params, held_out_loss)
+        # The authors' step ahead is on the sum of the losses.
+        rate = config.batch_size * learning_rate(config, hyper, state.epoch)
+        return meta.jamal(losses_of, state.params, held_out_loss, hyper.class_weights[batch.labels], rate)
 
-    def step(state, images, labels, held_out, hyper):
-        now = state.opt_state[0]
-        temperature = now.temperature
-        weights = weigh_by_class(state.epoch, hyper, labels)
-        if config.algorithm in ("meta", "l2rw"):
-            weights = learnt_weights(weights, state, images, labels, held_out, hyper)
+    def step(state, batch, held_out, hyper):
+        now, second_stage = state.opt_state[0], state.epoch >= config.second_stage
+        temperature, learns_weights = now.temperature, config.algorithm in ("meta", "l2rw")
+        if learns_weights:
+            weights, class_weights = learnt_weights(state, batch, held_out, hyper), jnp.ones(config.classes)
+        else:
+            weights, class_weights = 1, jnp.where(second_stage, hyper.class_weights, 1)
 
         def per_example_loss(params):
-            losses, batch_stats = forward(params, state.batch_stats, images, labels, hyper)
+            losses, batch_stats = forward(params, state, batch, hyper, class_weights)
             return weights * losses, (weights * losses, batch_stats)
 
         risk_and_grad = absgd_jax.value_and_grad(per_example_loss, has_aux=True, with_kl=True)
@@ -170,12 +188,14 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
         else:
             ((risk, kl), (losses, batch_stats)), grads = risk_and_grad(state.params, state=state.opt_state)
             storm = None
-        rate = learning_rate(state, hyper)
+        rate = learning_rate(config, hyper, state.epoch)
         optimizer = make_optimizer(rate, hyper)
         updates, after = optimizer.update(grads, state.opt_state, state.params, value=risk, kl=kl)
         opt_state: Any = after
+        moves = jax.tree.map(lambda part: ~second_stage | (part >= hyper.trained), parts)
+        updates = jax.tree.map(lambda update, moves: jnp.where(moves, update, 0), updates, moves)
         params = optax.apply_updates(state.params, updates)
-        relative = weights if config.algorithm in ("meta", "l2rw") else jax.nn.softmax(losses / temperature)
+        relative = weights if learns_weights else jax.nn.softmax(losses / temperature)
         metrics = Metrics(
             loss=jnp.mean(losses),
             risk=opt_state[0].risk,
@@ -196,15 +216,16 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
         padded = pad(data.images)
         padded_held_out = pad(held_out.images)
 
-        def body(state, batch_and_key):
-            batch, key = batch_and_key
-            images = normalise(crop_and_flip(padded, batch, key))
+        def body(state, places_and_key):
+            places, key = places_and_key
+            batch = augmented(padded, data.labels, places, key, hyper)
             balanced = None
             if config.algorithm in ("meta", "l2rw"):
                 draw_key, augment_key = jax.random.split(jax.random.fold_in(key, 1))
-                chosen = balanced_batch(held_out.labels, config.classes, config.batch_size)(draw_key)
-                balanced = Data(normalise(crop_and_flip(padded_held_out, chosen, augment_key)), held_out.labels[chosen])
-            return step(state, images, data.labels[batch], balanced, hyper)
+                places = balanced_batch(held_out.labels, config.classes, config.batch_size)(draw_key)
+                images, labels = normalise(crop_and_flip(padded_held_out, places, augment_key)), held_out.labels[places]
+                balanced = Batch(images, labels, labels, 1)
+            return step(state, batch, balanced, hyper)
 
         state, each = jax.lax.scan(body, state, plan(state, data.labels, hyper))
         last = jax.tree.map(lambda x: x[-1], each)
@@ -239,3 +260,22 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
 
     refits = {name: partial(refit, fit) for name, fit in CLASSIFIERS.items()}
     return Functions(init, take_over, plan, step, train_epoch, evaluate, features, refits)
+
+
+def augmented(padded: jax.Array, labels: jax.Array, places: jax.Array, key: jax.Array, hyper: Hyper) -> Batch:
+    """The images at some places, cropped, flipped, cut out and mixed."""
+    share_key, cut_key = jax.random.split(jax.random.fold_in(key, 2))
+    images, labels = normalise(crop_and_flip(padded, places, key)), labels[places]
+    images = cut_out(images, hyper.cutout, cut_key)
+    share = jnp.where(hyper.mixup, jax.random.uniform(share_key), 1)
+    # The order of a batch is random, so that the next image is any.
+    mixed = share * images + (1 - share) * jnp.roll(images, 1, 0)
+    return Batch(mixed, labels, jnp.roll(labels, 1), share)
+
+
+def part_of(path: tuple[Any, ...], last_block: int) -> int:
+    """The index into ``config.TRAINED`` of the smallest part of the network that holds a parameter."""
+    names = [getattr(key, "key", getattr(key, "name", key)) for key in path]
+    if names[0] == "classifier":
+        return 2
+    return 1 if names[:2] == ["blocks", last_block] else 0

@@ -18,8 +18,8 @@ from examples.cifar_lt.conv import conv3x3
 from examples.cifar_lt.models import ConvNorm, ResNet, shortcut
 from examples.cifar_lt.objective import NAMES, class_weights, index_of, make_objective
 from examples.cifar_lt.run import over_runs, stack
-from examples.cifar_lt.schedule import learning_rate_factor, make_hyper
-from examples.cifar_lt.train import Data, Functions, make_functions
+from examples.cifar_lt.schedule import learning_rate, make_hyper
+from examples.cifar_lt.train import Batch, Data, Functions, augmented, make_functions
 
 COUNTS = np.array([12, 10, 9, 8, 7, 6, 5, 4, 4, 3])  # 68 images: 4 steps of 16, 4 images dropped
 TINY = dataclasses.replace(CONFIGS["smoke"], batch_size=16, epochs=5, width=2, temperature=1.0)
@@ -135,11 +135,11 @@ def test_the_paper_s_schedule():
     assert (paper.depth, paper.epochs, paper.batch_size) == (32, 200, 128)
     assert (paper.momentum, paper.weight_decay, paper.learning_rate) == (0.9, 2e-4, 0.1)
     counts, steps = np.array([12_406]), 96
-    rule = make_hyper(paper, counts, 0).temperature
+    hyper = make_hyper(paper, counts, 0)
     for epoch, expected in [(0, 0.02), (3, 0.08), (4, 0.1), (159, 0.1), (160, 1e-3), (179, 1e-3), (180, 1e-5)]:
-        assert 0.1 * float(learning_rate_factor(paper, jnp.int32(epoch))) == pytest.approx(expected, rel=1e-5)
+        assert float(learning_rate(paper, hyper, jnp.int32(epoch))) == pytest.approx(expected, rel=1e-5)
         for step in (epoch * steps, (epoch + 1) * steps - 1):
-            assert float(rule(step)) == (2.0 if epoch >= 160 else math.inf)
+            assert float(hyper.temperature(step)) == (2.0 if epoch >= 160 else math.inf)
 
 
 def test_losses_by_index_and_class_weights():
@@ -223,8 +223,8 @@ def test_the_compiled_epoch_is_its_steps_in_a_loop(compiled, data, method):
     assert len(np.unique(batches)) == batches.size == 64
     losses, sizes = [], []
     for batch, key in zip(batches, keys, strict=True):
-        images = normalise(crop_and_flip(pad(data.images), batch, key))
-        state, seen = compiled.step(state, images, data.labels[batch], None, hyper)
+        images, labels = normalise(crop_and_flip(pad(data.images), batch, key)), data.labels[batch]
+        state, seen = compiled.step(state, Batch(images, labels, labels, 1), None, hyper)
         losses.append(float(seen.loss))
         sizes.append(float(seen.ess))
     close(end.params, state.params, rtol=1e-3, atol=1e-5)
@@ -256,7 +256,7 @@ def test_a_step_at_infinity_is_momentum_sgd_of_the_mean(compiled, data):
         (loss, stats), grads = gradient(params, stats)
         momentum = jax.tree.map(lambda m, g, p: 0.9 * m + g + 2e-4 * p, momentum, grads, params)
         params = jax.tree.map(lambda p, m: p - 0.1 * m, params, momentum)  # the only epoch of warm-up has 0.1 at once
-        state, metrics = compiled.step(state, images, labels, None, hyper)
+        state, metrics = compiled.step(state, Batch(images, labels, labels, 1), None, hyper)
         assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-4)
         assert float(metrics.ess) == pytest.approx(1)
     close(state.params, params, rtol=1e-3, atol=1e-5)
@@ -284,6 +284,53 @@ def test_epochs_reduce_the_loss_and_draw_other_batches(compiled, data):
     assert not np.array_equal(plans[0], plans[1])
     assert set(plans[0].ravel()) != set(plans[1].ravel())  # another set of examples is dropped
     assert compiled.train_epoch._cache_size() <= programs + 1  # nothing is compiled between epochs
+
+
+def test_images_are_cut_out_and_mixed_as_told(data):
+    key, places, padded = jax.random.key(0), jnp.arange(68), pad(data.images)
+    plain = augmented(padded, data.labels, places, key, hyper_of())
+    assert float(plain.share) == 1
+    np.testing.assert_array_equal(plain.images, normalise(crop_and_flip(padded, places, key)))
+
+    cut = np.all(np.asarray(augmented(padded, data.labels, places, key, hyper_of(cutout=9)).images) == 0, -1)
+    rows, columns = cut.any(2).sum(1), cut.any(1).sum(1)
+    np.testing.assert_array_equal(cut.sum((1, 2)), rows * columns)  # one rectangle each
+    assert max(rows) == max(columns) == 9
+    assert min(*rows, *columns) < 9  # partly outside
+    np.testing.assert_array_equal(cut.any(2).sum(), rows.sum())
+
+    mixed = augmented(padded, data.labels, places, key, hyper_of(mixup=True))
+    share = float(mixed.share)
+    assert 0 < share < 1
+    truth = share * np.asarray(plain.images) + (1 - share) * np.roll(plain.images, 1, 0)
+    np.testing.assert_allclose(mixed.images, truth, atol=1e-5)
+    np.testing.assert_array_equal(mixed.others, np.roll(data.labels, 1))
+
+
+@pytest.mark.parametrize(("trained", "still"), [("all", 0), ("last-block", 2), ("classifier", 3)])
+def test_the_second_stage_trains_what_it_is_told_to(compiled, data, trained, still):
+    hyper = hyper_of(4, trained=trained, label_smoothing=0.1)
+    before = in_second_stage(compiled, compiled.init(hyper), hyper)
+    after, _ = compiled.train_epoch(before, data, data, hyper)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before.params, after.params)
+    blocks = moved["blocks"]
+    seen = [
+        any(jax.tree.leaves(part)) for part in (moved["stem"], blocks[0], blocks[1], blocks[2], moved["classifier"])
+    ]
+    assert seen == [i >= {0: 0, 2: 3, 3: 4}[still] for i in range(5)]
+
+
+def test_smoothed_and_mixed_losses(compiled, data):
+    """The first step's mean loss, of all labels with the weights that the definitions give them."""
+    hyper = hyper_of(label_smoothing=0.2, temperature=math.inf)
+    state, graphdef = compiled.init(hyper), tiny_network()
+    images, labels, others = normalise(data.images[::4]), data.labels[::4], jnp.roll(data.labels[::4], 1)
+    model = nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
+    log_p = np.asarray(jax.nn.log_softmax(model(images, train=True)), np.float64)
+    target = 0.7 * np.eye(10)[labels] + 0.3 * np.eye(10)[others]
+    truth = -np.mean(np.sum((0.8 * target + 0.2 / 10) * log_p, -1))
+    _, metrics = compiled.step(state, Batch(images, labels, others, jnp.float32(0.7)), None, hyper)
+    assert float(metrics.loss) == pytest.approx(truth, rel=1e-4)
 
 
 def test_balanced_batches_have_as_many_of_each_class(compiled, data):
