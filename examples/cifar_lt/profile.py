@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from examples.cifar_lt import run
 from examples.cifar_lt.config import Config
 from examples.cifar_lt.environment import hardware, versions
+from examples.cifar_lt.programs import all_functions, call, images_of, stack
 from examples.cifar_lt.schedule import make_hyper, steps_per_epoch
 from examples.cifar_lt.train import precision
 
@@ -54,16 +54,16 @@ def least_bytes(config: Config, itemsize: int) -> int:
 
 def profile(configs: Sequence[Config]) -> dict[str, Any]:
     """Times the epochs of runs that train together, which are alike but for what is an input of the program."""
-    images = run.images_of(configs[0])
-    functions, network = run.all_functions(configs[0], images.counts)
-    hyper = run.stack([make_hyper(config, images.counts, 0) for config in configs])
-    state, _ = run.call(network.init, hyper)
+    images = images_of(configs[0])
+    functions, network = all_functions(configs[0], images.counts)
+    hyper = stack([make_hyper(config, images.counts, 0) for config in configs])
+    state, _ = call(network.init, hyper)
     arguments = images.data["train"], images.data["held_out"], hyper
-    (state, _), compile_seconds = run.call(functions.train_epoch, state, *arguments, donate=True)
+    (state, _), compile_seconds = call(functions.train_epoch, state, *arguments, donate=True)
     seconds = []
     for _ in range(EPOCHS):
         began = time.perf_counter()
-        (state, metrics), _ = run.call(functions.train_epoch, state, *arguments, donate=True)
+        (state, metrics), _ = call(functions.train_epoch, state, *arguments, donate=True)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - began)
 

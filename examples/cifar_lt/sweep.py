@@ -22,7 +22,8 @@ from examples.cifar_lt.cells import TABLES, cells
 from examples.cifar_lt.config import Config, Preset
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.errors import UserError
-from examples.cifar_lt.run import OutOfTimeError, kind, run
+from examples.cifar_lt.programs import kind
+from examples.cifar_lt.run import OutOfTimeError, run
 from examples.cifar_lt.subsets import identity, packed_file, prepare
 
 

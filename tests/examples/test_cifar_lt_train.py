@@ -17,7 +17,7 @@ from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.conv import conv3x3
 from examples.cifar_lt.models import ConvNorm, ResNet, shortcut
 from examples.cifar_lt.objective import NAMES, class_weights, index_of, make_objective
-from examples.cifar_lt.run import over_runs, stack
+from examples.cifar_lt.programs import over_runs, stack
 from examples.cifar_lt.schedule import learning_rate, make_hyper
 from examples.cifar_lt.train import Batch, Data, Functions, augmented, make_functions
 
