@@ -14,7 +14,7 @@ from flax import nnx
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from examples.cifar_lt import cells, checkpoint, pack, plan, profile, sweep
+from examples.cifar_lt import cells, checkpoint, pack, plan, profile, search, sweep
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.data import Split
 from examples.cifar_lt.errors import UserError
@@ -194,3 +194,20 @@ def test_what_goes_wrong_exits_with_one_and_names_it(packed, tmp_path, capsys, m
     assert sweep.main(dataclasses.replace(options, packed=packed)) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert json.loads(finished.read_text())["config"]["loss"] == "focal"
+
+
+def test_a_search_draws_pairs_that_differ_in_the_weighting_only(tmp_path):
+    options = search.Options(recipes=30)
+    drawn = list(search.draw(options))
+    assert drawn == list(search.draw(options))
+    for recipe, sgd, absgd in drawn:
+        assert set(recipe) == set(search.FACTORS)
+        assert sgd.method == "sgd"
+        assert absgd.method in ("absgd", "kl-radius")
+        differing = {f.name for f in dataclasses.fields(sgd) if getattr(sgd, f.name) != getattr(absgd, f.name)}
+        assert differing <= {"temperature", "kl_radius", "gamma", "start"}
+        assert sgd.validation == absgd.validation == 0.1
+    levels = {(factor, level) for recipe, *_ in drawn for factor, level in recipe.items()}
+    assert len(levels) == sum(map(len, search.FACTORS.values()))
+    search.figure({"recipes": [{"recipe": recipe, "gain": 1.0} for recipe, *_ in drawn]}, tmp_path / "search.png")
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
