@@ -23,6 +23,7 @@ from examples.cifar_lt.cells import parse_column
 from examples.cifar_lt.config import Config, Preset
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.plan import Segment
 from examples.cifar_lt.run import run
 from examples.cifar_lt.sweep import command
 
@@ -86,9 +87,8 @@ def search(options: Options, console: Console) -> dict[str, Any]:
     """Trains all recipes and returns what they gave on the validation split."""
     drawn = list(draw(options))
     configs = {config for _, *pair in drawn for config in pair}
-    paths = {
-        config: options.out / "runs" / f"{checkpoint.name_of([str(config.identity())])}.json" for config in configs
-    }
+    names = {config: Segment(config, 0, config.epochs, None).name for config in configs}
+    paths = {config: options.out / "runs" / f"{name}.json" for config, name in names.items()}
     results = run(dict(sorted(paths.items(), key=lambda item: item[1])), options.work, command, console)
     recipes = []
     for recipe, sgd, absgd in drawn:
