@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from examples.cifar_lt.config import LOSSES, Config
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import UsageError
 
 TEMPERATURES = (0.1, 1.0, 10.0)
 RADII = (0.3, 1.0, 2.0)
@@ -46,7 +46,7 @@ def parse_column(column: str) -> dict[str, Any]:
     """The settings that a column such as ``cifar10-lt-100`` or ``cifar10-lt-1-sym0.4`` stands for."""
     found = COLUMN.fullmatch(column)
     if not found:
-        raise UserError(
+        raise UsageError(
             f"column {column!r}: it should be like cifar10-lt-100 or cifar100-st-10 (dataset, long tail or step, "
             "imbalance ratio), or with wrong labels like cifar10-lt-1-sym0.4 or cifar10-lt-1-worse."
         )

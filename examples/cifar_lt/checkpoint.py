@@ -2,7 +2,7 @@
 
 While runs train together their folder holds ``checkpoints/``, the state after the last epochs, and ``metrics.jsonl``, a
 line for each epoch. Then each leaves a folder of its own with its state and ``metrics.json``, and at the end a result.
-A file is complete or absent: each is written aside and then renamed.
+A file is complete or absent.
 """
 
 import hashlib
@@ -16,23 +16,14 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from examples.cifar_lt import files
 from examples.cifar_lt.errors import UserError
 
 Tree = TypeVar("Tree")
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(content, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    files.write(path, f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def claim(path: Path, identity: dict[str, Any]) -> None:
@@ -118,7 +109,7 @@ def read_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
             break
         if metrics["epoch"] <= epochs:
             lines.append(metrics)
-    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    files.write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines
 
 

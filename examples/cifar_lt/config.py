@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import UsageError
 
 Preset = Literal["smoke", "mini", "paper"]
 Loss = Literal["ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "balanced-softmax", "logit-adjustment"]
@@ -128,7 +128,7 @@ class Config:
             needs[f"--kl-radius must be above 0 and below log(batch size) = {limit:.3g}"] = 0 < self.kl_radius < limit
         for message, fulfilled in needs.items():
             if not fulfilled:
-                raise UserError(message + ".")
+                raise UsageError(message + ".")
 
     @property
     def method(self) -> str:

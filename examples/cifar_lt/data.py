@@ -151,7 +151,8 @@ def _read_binary(path: Path, archive: Archive, size: int, remedy: str) -> Split:
 
 def _read_python(path: Path, archive: Archive, size: int, remedy: str) -> Split:
     try:
-        content = safe_pickle.load(path)
+        with path.open("rb") as file:
+            content = safe_pickle.load(file)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is not a pickle of images and classes ({error}). {remedy}") from None
     content = content if isinstance(content, dict) else {}

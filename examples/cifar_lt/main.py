@@ -17,7 +17,7 @@ from rich.console import Console
 
 from examples.cifar_lt.config import PRESETS, Config
 from examples.cifar_lt.configs import CONFIGS
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import exit_code
 from examples.cifar_lt.run import run
 
 
@@ -29,29 +29,17 @@ def parse(arguments: Sequence[str]) -> Config:
     return tyro.cli(Config, default=CONFIGS[preset], args=list(arguments))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 for what went wrong on the way, 2 for a wrong command line."""
-    try:
-        config = parse(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def train(arguments: Sequence[str]) -> None:
+    """One run, from the command line to its accuracy."""
+    config = parse(arguments)
     console, folder = Console(), config.out or Path("runs") / f"{config.preset}-{config.column}-{config.name}"
-    try:
-        command = f"python -m examples.cifar_lt.main {shlex.join(arguments)}"
-        result = run({config: folder / "result.json"}, folder, lambda _: command, console)[config]
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on after the last whole epoch.", file=sys.stderr)
-        return 1
+    command = f"python -m examples.cifar_lt.main {shlex.join(arguments)}"
+    result = run({config: folder / "result.json"}, folder, lambda _: command, console)[config]
     accuracy = f"test {result['top1']} %, head {result['head']} %, tail {result['tail']} %"
     if result["val_top1"] is not None:
         accuracy = f"validation {result['val_top1']} %, {accuracy}"
     console.print(f"{config.method}: {accuracy}; in {folder}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: train(sys.argv[1:])))

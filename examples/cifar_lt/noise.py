@@ -6,14 +6,13 @@ The human labels are those of http://noisylabels.com, under the licence CC BY-NC
 import io
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pooch
 
 from examples.cifar_lt import safe_pickle
 from examples.cifar_lt.data import ARCHIVES
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import UsageError, UserError
 
 # The official release; the commit is named because the checksums are of its files.
 URL = "https://raw.githubusercontent.com/UCSC-REAL/cifar-10-100n/49df7d8a69e355470c77c1c2f2424916325a394b/data/"
@@ -47,7 +46,7 @@ def symmetric(labels: np.ndarray, rate: float, classes: int, seed: int) -> np.nd
       UserError: if ``rate`` is out of range.
     """
     if not 0 <= rate < 1:
-        raise UserError(f"noise rate {rate}: it must be at least 0 and less than 1, the share of labels to replace.")
+        raise UsageError(f"noise rate {rate}: it must be at least 0 and less than 1, the share of labels to replace.")
     # The bare seed is that of imbalance.subset: which labels are wrong should not depend on which images are in it.
     rng = np.random.default_rng([seed, 1])
     replaced = rng.permutation(len(labels))[: round(rate * len(labels))]
@@ -74,7 +73,7 @@ def human(dataset: str, kind: str, data_dir: Path, clean: np.ndarray | None = No
     name, sha256, keys = RELEASES[dataset]
     size, classes = ARCHIVES[dataset][0].train_size, ARCHIVES[dataset][0].classes
     if kind not in keys:
-        raise UserError(f"human labels {kind!r}: {dataset} has {', '.join(keys)}.")
+        raise UsageError(f"human labels {kind!r}: {dataset} has {', '.join(keys)}.")
     path, remedy = data_dir / name, f"Delete it and start again to download {URL}{name}."
     if not path.is_file():
         _download(path, sha256)
@@ -100,20 +99,12 @@ def _download(path: Path, sha256: str) -> None:
         ) from None
 
 
-class _Unpickler(safe_pickle._Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        # Protocol 2, which PyTorch writes, has no byte strings: they are text and how to encode it.
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, _: text.encode("latin1")
-        return super().find_class(module, name)
-
-
 def _load(path: Path, keys: tuple[str, ...], remedy: str) -> list[np.ndarray]:
     # A .pt file is a zip archive; what is no tensor lies as a pickle in its data.pkl.
     try:
         with zipfile.ZipFile(path) as archive:
             name = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "data.pkl")
-            content = _Unpickler(io.BytesIO(archive.read(name))).load()  # read whole, or no checksum is compared
+            content = safe_pickle.load(io.BytesIO(archive.read(name)))  # read whole, or no checksum is compared
         return [np.asarray(content[key]) for key in keys]
     except Exception as error:  # a damaged zip archive or pickle can fail in any way
         raise UserError(f"{path} is not a .pt file of labels ({type(error).__name__}: {error}). {remedy}") from None

@@ -6,13 +6,13 @@ and the splits. Then come the images of each split, compressed without loss, and
 
 import hashlib
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from examples.cifar_lt import files
 from examples.cifar_lt.data import Split
 from examples.cifar_lt.errors import UserError
 
@@ -36,14 +36,7 @@ def write(path: Path, splits: dict[str, Split], identity: dict[str, Any]) -> Non
         body += [_compress(images), labels.astype("<i4").tobytes()]
         sizes[name] = {"shape": images.shape, "compressed": len(body[-2])}
     content = b"\n".join([json.dumps({"identity": identity, "splits": sizes}).encode(), b"".join(body)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(_title(content) + b"\n")
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    files.write(path, _title(content) + b"\n" + content)
 
 
 def read(path: Path, identity: dict[str, Any] | None = None) -> dict[str, Split]:

@@ -5,7 +5,7 @@ python -m examples.cifar_lt.report examples/cifar_lt/results/mini
 Writes table.md and PNGs beside the cells of each column. For results inside this package it also fills the README.
 """
 
-import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from examples.cifar_lt import figures
+from examples.cifar_lt.cells import TUNING_SEED, cells as configs_of
 from examples.cifar_lt.config import LOSSES
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.configs import CONFIGS
+from examples.cifar_lt.errors import UserError, exit_code
 from examples.readme import BEGIN, fill
 
 HERE = Path(__file__).parent
 PAPER: dict[str, Any] = json.loads((HERE / "paper.json").read_text(encoding="utf-8"))
 PACKAGE = "published package, one seed, PyTorch"
-TUNING_SEED = 1000  # runs with this seed or a later one serve the choice of λ or ρ only
 
 METHODS = {
     "sgd": "SGD", "absgd": "ABSGD", "kl-radius": "ABSGD, KL radius", "adaptive-gamma": "ABSGD, adaptive γ",
@@ -35,12 +37,6 @@ METHODS = {
     "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm", "lws": "LWS", "sgd-no-momentum": "SGD, no momentum",
     "absgd-no-momentum": "ABSGD, no momentum", "absgd-one-stage": "ABSGD, one stage",
 }  # fmt: skip
-EXPECTED = [
-    *((method, "ce") for method in METHODS),
-    *((method, loss) for loss in LOSSES if loss != "ce" for method in ("sgd", "absgd")),
-    *(("kl-radius", "cb-ce"), ("meta", "focal"), ("meta", "ldam")),
-]
-EXPECTED_WITH_NOISE = [("sgd", "ce"), ("absgd", "ce")]
 NEEDED = {
     *("preset", "column", "method", "loss", "temperature", "kl_radius", "seed", "second_stage", "top1", "val_top1"),
     *("per_class", "class_counts", "ess_by_epoch", "loss_by_epoch", "top1_by_epoch", "seconds", "compile_seconds"),
@@ -128,10 +124,17 @@ def choose(family: Sequence[Cell]) -> Strength | None:
     return max(scores, key=lambda s: np.mean(scores[s])) if scores else None
 
 
+def expected(column: str) -> list[tuple[str, str]]:
+    """The methods and losses of a column's tables, a loss after the other."""
+    tables = ("1", "2") if re.search(r"-(lt|st)-[0-9.]+$", column) else ("noise",)
+    runs = {config for name in tables for config in configs_of(CONFIGS["paper"], name, column, [0])}
+    pairs = {(config.method, config.loss) for config in runs}
+    return sorted(pairs, key=lambda pair: (LOSSES.index(pair[1]), list(METHODS).index(pair[0])))
+
+
 def families(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
     """The cells of each method and loss: what was expected first, cells or not, then what else there is."""
-    noise = cells and not re.search(r"-(lt|st)-[0-9.]+$", cells[0]["column"])
-    found = {pair: [] for pair in (EXPECTED_WITH_NOISE if noise else EXPECTED)}
+    found = {pair: [] for pair in (expected(cells[0]["column"]) if cells else ())}
     for cell in cells:
         found.setdefault((cell["method"], cell["loss"]), []).append(cell)
     return found
@@ -298,33 +301,35 @@ def readme_text(folder: str, sections: Sequence[tuple[str, str, dict[str, str]]]
     return "\n\n".join(parts)
 
 
-def main(arguments: Sequence[str], package: Path = HERE) -> int:
-    """Returns the exit code: 0, or 1 for what went wrong on the way. A wrong command line exits with 2."""
-    parser = argparse.ArgumentParser(prog="python -m examples.cifar_lt.report", description="Tables and figures.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a preset's results: a folder a column, a JSON a cell")
-    folder, console, sections = parser.parse_args(arguments).folder.resolve(), Console(), []
-    try:
-        columns, problems = load(folder)
-        for column, cells in columns.items():
-            text, everything = markdown(column, cells), rows(cells)
-            (folder / column / "table.md").write_text(f"# {column}\n\n{text}\n\n{legend(cells)}\n", encoding="utf-8")
-            drawn, unreadable = figures.draw(everything, folder / column)
-            problems += unreadable
-            if texts := table(column, everything):
-                console.print(terminal(column, texts))
-            sections.append((column, text, drawn))
-        readme, package = package / "README.md", package.resolve()
-        # Half of the results must not pass for all of them, so a broken cell leaves the README as it is.
-        if not problems and folder.is_relative_to(package) and readme.exists() and BEGIN in readme.read_text("utf-8"):
-            text = readme_text(folder.relative_to(package).as_posix(), sections)
-            fill(readme, f"{text}\n\n{legend([cell for cells in columns.values() for cell in cells])}")
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return 1 if problems else 0
+def report(folder: Path, package: Path = HERE) -> None:
+    """Tables and figures of a preset's results; the README of a package that holds them is filled as well."""
+    folder, console, sections = folder.resolve(), Console(), []
+    columns, problems = load(folder)
+    for column, cells in columns.items():
+        text, everything = markdown(column, cells), rows(cells)
+        (folder / column / "table.md").write_text(f"# {column}\n\n{text}\n\n{legend(cells)}\n", encoding="utf-8")
+        drawn, unreadable = figures.draw(everything, folder / column)
+        problems += unreadable
+        if texts := table(column, everything):
+            console.print(terminal(column, texts))
+        sections.append((column, text, drawn))
+    if problems:
+        raise UserError("\n".join(problems))
+    # Half of the results must not pass for all of them, so a broken cell leaves the README as it is.
+    readme, package = package / "README.md", package.resolve()
+    if folder.is_relative_to(package) and readme.exists() and BEGIN in readme.read_text("utf-8"):
+        text = readme_text(folder.relative_to(package).as_posix(), sections)
+        fill(readme, f"{text}\n\n{legend([cell for cells in columns.values() for cell in cells])}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Draws tables and figures."""
+
+    folder: tyro.conf.Positional[Path]
+    """A preset's results: a folder a column, a JSON a cell."""
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    chosen = tyro.cli(Options)
+    sys.exit(exit_code(lambda: report(chosen.folder)))

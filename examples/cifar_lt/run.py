@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from examples.cifar_lt import checkpoint, plan
 from examples.cifar_lt.config import Config, jsonable
 from examples.cifar_lt.environment import hardware, versions
+from examples.cifar_lt.errors import OutOfTimeError
 from examples.cifar_lt.imbalance import groups
 from examples.cifar_lt.plan import Segment
 from examples.cifar_lt.programs import Images, all_functions, call, images_of, kind, over_runs, stack
@@ -31,10 +32,6 @@ COLUMNS = (
     TextColumn("{task.fields[shown]}"),
 )
 FEATURES_PER_CLASS = 100
-
-
-class OutOfTimeError(Exception):
-    """The time that was given is over; the same command goes on."""
 
 
 def run(

@@ -1,8 +1,7 @@
 """Loads pickles of NumPy arrays and plain containers, and nothing else: a pickle can otherwise run any code."""
 
 import pickle
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy._core.multiarray import _reconstruct
@@ -13,7 +12,13 @@ def _dtype(name: str, *_: Any) -> np.dtype:
     return np.dtype(name)
 
 
+def _encode(text: str, _: str) -> bytes:
+    # Protocol 2 has no byte strings: they are text and how to encode it, always Latin-1.
+    return text.encode("latin1")
+
+
 _ADMITTED = {
+    ("_codecs", "encode"): _encode,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): np.ndarray,
@@ -31,16 +36,15 @@ class _Unpickler(pickle.Unpickler):
             ) from None
 
 
-def load(path: Path) -> Any:
-    """What the pickle at ``path`` holds; byte strings of Python 2 are read as Latin-1, as NumPy arrays need it.
+def load(file: BinaryIO) -> Any:
+    """What a pickle holds; byte strings of Python 2 are read as Latin-1, as NumPy arrays need it.
 
     Raises:
       pickle.UnpicklingError: if it asks for anything but NumPy arrays and plain containers, or is damaged.
     """
-    with path.open("rb") as file:
-        try:
-            return _Unpickler(file, encoding="latin1").load()
-        except pickle.UnpicklingError:
-            raise
-        except Exception as error:  # a damaged pickle can fail in any way
-            raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
+    try:
+        return _Unpickler(file, encoding="latin1").load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None

@@ -8,7 +8,7 @@ import numpy as np
 
 import absgd_jax
 from examples.cifar_lt.config import TRAINED, Config
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import UsageError
 from examples.cifar_lt.objective import class_weights, index_of
 
 
@@ -35,7 +35,7 @@ def steps_per_epoch(config: Config, class_counts: np.ndarray) -> int:
     """Whole batches in the training set."""
     examples = int(np.sum(class_counts))
     if examples < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size} is more than the {examples} training images.")
+        raise UsageError(f"--batch-size {config.batch_size} is more than the {examples} training images.")
     return examples // config.batch_size
 
 

@@ -19,17 +19,16 @@ import tyro
 from rich.console import Console
 
 from examples.cifar_lt import checkpoint
-from examples.cifar_lt.cells import parse_column
+from examples.cifar_lt.cells import TUNING_SEED, parse_column
 from examples.cifar_lt.config import Config, Preset
 from examples.cifar_lt.configs import CONFIGS
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import exit_code
 from examples.cifar_lt.plan import Segment
 from examples.cifar_lt.run import run
 from examples.cifar_lt.sweep import command
 
 matplotlib.use("Agg")
 
-SEED = 1000  # of training and of the recipes; the seeds from 0 on are for those that are tested
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "loss": {name: {"loss": name} for name in ("ce", "cb-ce", "logit-adjustment")},
     "λ finite after": {f"{part:.0%}": {"start": part} for part in (0.25, 0.5, 0.8)},
@@ -72,9 +71,9 @@ class Options:
 
 def draw(options: Options) -> Iterator[tuple[dict[str, str], Config, Config]]:
     """Recipes with the settings of SGD and of ABSGD."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(TUNING_SEED)
     base = dataclasses.replace(CONFIGS[options.preset], **parse_column(options.column))
-    base = dataclasses.replace(base, validation=options.validation, data_dir=options.data_dir, seed=SEED)
+    base = dataclasses.replace(base, validation=options.validation, data_dir=options.data_dir, seed=TUNING_SEED)
     for _ in range(options.recipes):
         recipe = {factor: str(rng.choice(list(levels))) for factor, levels in FACTORS.items()}
         changes = {k: v for factor, level in recipe.items() for k, v in FACTORS[factor][level].items()}
@@ -134,23 +133,16 @@ def figure(found: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
-def main(options: Options) -> int:
-    """Returns the exit code: 0, or 1 for what went wrong on the way."""
+def main(options: Options) -> None:
+    """Searches, writes and shows what was found."""
     console = Console()
-    try:
-        found = search(options, console)
-        checkpoint.write_json(options.out / "search.json", found)
-        figure(found, options.out / "search.png")
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on after the last whole epoch.", file=sys.stderr)
-        return 1
+    found = search(options, console)
+    checkpoint.write_json(options.out / "search.json", found)
+    figure(found, options.out / "search.png")
     for recipe in found["recipes"][:5]:
         console.print(f"{recipe['absgd']:.2f} % (SGD {recipe['sgd']:.2f} %)  {', '.join(recipe['recipe'].values())}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    chosen = tyro.cli(Options)
+    sys.exit(exit_code(lambda: main(chosen)))

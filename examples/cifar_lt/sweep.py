@@ -21,9 +21,9 @@ from examples.cifar_lt import checkpoint, pack, plan, profile
 from examples.cifar_lt.cells import TABLES, cells
 from examples.cifar_lt.config import Config, Preset
 from examples.cifar_lt.configs import CONFIGS
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import UsageError, exit_code
 from examples.cifar_lt.programs import kind
-from examples.cifar_lt.run import OutOfTimeError, run
+from examples.cifar_lt.run import run
 from examples.cifar_lt.subsets import identity, packed_file, prepare
 
 
@@ -63,7 +63,7 @@ def choose(options: Options) -> dict[Config, Path]:
     """The runs, and where the result of each goes."""
     base = dataclasses.replace(CONFIGS[options.preset], data_dir=options.data_dir, packed=options.packed)
     if options.seeds < 1:
-        raise UserError(f"--seeds {options.seeds}: at least 1 is needed.")
+        raise UsageError(f"--seeds {options.seeds}: at least 1 is needed.")
     runs = {}
     for column in options.columns:
         for table in options.table:
@@ -72,7 +72,7 @@ def choose(options: Options) -> dict[Config, Path]:
     known = {config.method for config in runs}
     for method in options.methods:
         if method not in known:
-            raise UserError(f"--methods {method}: tables {' '.join(TABLES)} have {', '.join(sorted(known))}.")
+            raise UsageError(f"--methods {method}: tables {' '.join(TABLES)} have {', '.join(sorted(known))}.")
     return {config: path for config, path in runs.items() if not options.methods or config.method in options.methods}
 
 
@@ -99,35 +99,20 @@ def command(config: Config) -> str:
     return " ".join(["python -m examples.cifar_lt.main --preset", config.preset, *flags])
 
 
-def main(options: Options) -> int:
-    """Returns the exit code: 0, 1 for what went wrong on the way, 2 for a wrong command line."""
-    console = Console()
-    try:
-        runs = choose(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
-        if options.pack is not None:
-            write_packs(list(runs), options.pack, console)
-            return 0
-        if options.profile:
-            first = plan.together(plan.segments(runs).values(), kind, options.runs_together)[0]
-            measured = profile.profile([segment.config for segment in first])
-            show_profile(measured, options.out / options.preset, console)
-            return 0
+def sweep(options: Options) -> None:
+    """All runs, or what is to be done in their place."""
+    console, runs, folder = Console(), choose(options), options.out / options.preset
+    if options.pack is not None:
+        write_packs(list(runs), options.pack, console)
+    elif options.profile:
+        first = plan.together(plan.segments(runs).values(), kind, options.runs_together)[0]
+        show_profile(profile.profile([segment.config for segment in first]), folder, console)
+    else:
         deadline = time.monotonic() + 60 * options.max_minutes
         run(runs, options.work, command, console, runs_together=options.runs_together, deadline=deadline)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (OutOfTimeError, KeyboardInterrupt) as stop:
-        print("Stopped. The same command goes on after the last whole epoch.", file=sys.stderr)
-        return 0 if isinstance(stop, OutOfTimeError) else 1
-    folder = options.out / options.preset
-    console.print(f"{len(runs)} cells in {folder}. See: python -m examples.cifar_lt.report {folder}")
-    return 0
+        console.print(f"{len(runs)} cells in {folder}. See: python -m examples.cifar_lt.report {folder}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    chosen = tyro.cli(Options)
+    sys.exit(exit_code(lambda: sweep(chosen)))

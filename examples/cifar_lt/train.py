@@ -131,20 +131,20 @@ def make_functions(config: Config, class_counts: np.ndarray) -> Functions:
         storm = recover.init(state.params) if config.algorithm == "recover" else None
         return state._replace(recover=storm)
 
-    def smoothed(logits, labels, hyper):
-        def loss(labels):
-            return objective(hyper.loss, logits, labels)
-
-        of_all = jax.vmap(lambda c: loss(jnp.full_like(labels, c)), out_axes=-1)(jnp.arange(config.classes))
-        return (1 - hyper.label_smoothing) * loss(labels) + hyper.label_smoothing * jnp.mean(of_all, -1)
-
     def forward(params, state, batch, hyper, class_weights):
         """One loss per example, weighted by class, and the new batch statistics."""
         model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
         logits = model(batch.images, train=True)
-        losses = class_weights[batch.labels] * smoothed(logits, batch.labels, hyper)
-        others = class_weights[batch.others] * smoothed(logits, batch.others, hyper)
-        return batch.share * losses + (1 - batch.share) * others, nnx.state(model, nnx.BatchStat)
+        # The loss if the label were c, shape (B, C): smoothing takes their mean, mixing takes two of them.
+        if_label = jax.vmap(lambda c: objective(hyper.loss, logits, jnp.full_like(batch.labels, c)), out_axes=-1)
+        losses, smoothing = if_label(jnp.arange(config.classes)), hyper.label_smoothing
+
+        def of(labels):
+            own = jnp.take_along_axis(losses, labels[:, None], axis=-1)[:, 0]
+            return class_weights[labels] * ((1 - smoothing) * own + smoothing * jnp.mean(losses, axis=-1))
+
+        mixed = batch.share * of(batch.labels) + (1 - batch.share) * of(batch.others)
+        return mixed, nnx.state(model, nnx.BatchStat)
 
     def learnt_weights(state, batch, held_out, hyper):
         """The weights of a batch's examples by META or L2RW."""

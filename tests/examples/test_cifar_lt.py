@@ -13,8 +13,8 @@ import pytest
 
 from examples.cifar_lt import checkpoint
 from examples.cifar_lt.configs import CONFIGS
-from examples.cifar_lt.errors import UserError
-from examples.cifar_lt.main import main
+from examples.cifar_lt.errors import UserError, exit_code
+from examples.cifar_lt.main import train
 from tests.examples.cifar_files import write_cifar10
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +34,11 @@ def test_a_stale_result_and_bad_options_are_refused(tmp_path, capsys):
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(UserError, match="not the result of a run"):
         checkpoint.claim(tmp_path / "result.json", {"seed": 1})
-    assert main(["--preset", "smoke", "--ratio", "0.5"]) == 2
+    assert exit_code(lambda: train(["--preset", "smoke", "--ratio", "0.5"])) == 2
     assert "--ratio must be at least 1" in capsys.readouterr().err
     for arguments in (["--preset", "huge"], ["--loss", "hinge"]):
         with pytest.raises(SystemExit) as caught:
-            main(arguments)
+            train(arguments)
         assert caught.value.code == 2
 
 
@@ -47,7 +47,7 @@ def test_a_damaged_archive_is_told_without_a_traceback(tmp_path, capsys):
     folder.mkdir()
     (folder / "data_batch_1.bin").write_bytes(b"cut")
     options = ["--preset", "smoke", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
-    assert main(options) == 1
+    assert exit_code(lambda: train(options)) == 1
     assert "data_batch_1.bin has 3 bytes, expected 30,730,000" in capsys.readouterr().err
 
 

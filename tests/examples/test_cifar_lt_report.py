@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from examples.cifar_lt import report
-from examples.cifar_lt.report import EXPECTED, against, choose, groups, load, main, markdown, rows, table
+from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.report import against, choose, expected, groups, load, markdown, rows, table
 
 COLUMN = "cifar10-lt-100"
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -142,14 +143,16 @@ def test_paper_numbers_are_those_known():
 
 def test_what_is_missing_is_not_run():
     text = markdown(COLUMN, study()).split("Not run: ")[1].split(".\n")[0].split("), ")
-    assert len(text) == len(EXPECTED) - 2
+    assert len(text) == len(expected(COLUMN)) - 2
     assert "TERM (ce" in text
-    assert "META (ldam)" in text
-    assert ("sgd", "logit-adjustment") in EXPECTED
-    assert len(EXPECTED) == len(set(EXPECTED)) == 33
+    assert "META (ldam" in text
+    assert ("sgd", "logit-adjustment") in expected(COLUMN)
+    assert len(expected(COLUMN)) == len(set(expected(COLUMN))) == 33
+    assert expected(COLUMN)[:3] == [("sgd", "ce"), ("absgd", "ce"), ("kl-radius", "ce")]
 
 
 def test_columns_with_wrong_labels_expect_less():
+    assert expected("cifar10-lt-1-sym0.4") == expected("cifar100-lt-1-noisy") == [("sgd", "ce"), ("absgd", "ce")]
     cells = [c | {"column": "cifar10-lt-1-sym0.4"} for c in study()]
     assert "Not run" not in markdown("cifar10-lt-1-sym0.4", cells)
 
@@ -180,7 +183,7 @@ def test_the_command_writes_tables_figures_and_the_readme(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- generated -->\nold\n<!-- /generated -->\nafter\n")
 
-    assert main([str(folder)], package=tmp_path) == 0
+    report.report(folder, package=tmp_path)
     for name in ("per_class", "curves", "gains", "tsne"):
         assert (folder / COLUMN / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "cifar10-st-100" / "tsne.png").exists()
@@ -203,39 +206,40 @@ def test_a_broken_cell_is_named_and_the_others_are_shown(tmp_path, capsys):
     paths[2].write_text(json.dumps(cell(column="cifar100-lt-100")))
     readme = tmp_path / "README.md"
     readme.write_text("<!-- generated -->\nold\n<!-- /generated -->\n")
-    assert main([str(tmp_path)], package=tmp_path) == 1
-    out, err = capsys.readouterr()
-    assert all(path.name in err for path in paths[:3])
-    assert "ABSGD" in out
+    with pytest.raises(UserError) as caught:
+        report.report(tmp_path, package=tmp_path)
+    assert all(path.name in str(caught.value) for path in paths[:3])
+    assert "ABSGD" in capsys.readouterr().out
     assert (tmp_path / COLUMN / "table.md").exists()
     assert "old" in readme.read_text()  # half of the results must not pass for all of them
 
 
-def test_broken_features_are_named(tmp_path, capsys):
+def test_broken_features_are_named(tmp_path):
     for path in write(tmp_path, [cell(), cell("absgd", "ce", 1.0)]):
         path.with_name(path.stem + "-features.npz").write_text("nonsense")
-    assert main([str(tmp_path)]) == 1
-    assert "features.npz cannot be read" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"features\.npz cannot be read"):
+        report.report(tmp_path)
     assert (tmp_path / COLUMN / "curves.png").exists()
 
 
-def test_bad_input(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere")]) == 1
-    assert "There is no folder" in capsys.readouterr().err
-    assert main([str(tmp_path)]) == 1
-    assert "holds no results" in capsys.readouterr().err
+def test_bad_input(tmp_path):
+    with pytest.raises(UserError, match="There is no folder"):
+        report.report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no results"):
+        report.report(tmp_path)
     write(tmp_path, [cell()])[0].write_text("{")
-    with pytest.raises(report.UserError, match=r"sgd-ce-0-s0\.json cannot be read"):
+    with pytest.raises(UserError, match=r"sgd-ce-0-s0\.json cannot be read"):
         load(tmp_path)
-    command = [sys.executable, "-m", "examples.cifar_lt.report"]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 2
+    for arguments, code in (([], 2), ([str(tmp_path)], 1)):
+        command = [sys.executable, "-m", "examples.cifar_lt.report", *arguments]
+        assert subprocess.run(command, capture_output=True, timeout=60).returncode == code
 
 
 def test_the_table_has_every_family_once():
-    cells = [cell(m, loss, "inf", s, 70.0) for m, loss in EXPECTED for s in range(2)] + [cell("new", "ce", 3.0)]
+    cells = [cell(m, loss, "inf", s, 70.0) for m, loss in expected(COLUMN) for s in range(2)] + [cell("new", "ce", 3.0)]
     seen = defaultdict(int)
     for row in rows(cells):
         seen[row.method, row.loss] += 1
-    assert list(seen) == [*EXPECTED, ("new", "ce")]
+    assert list(seen) == [*expected(COLUMN), ("new", "ce")]
     assert set(seen.values()) == {1}
     assert "Not run" not in markdown(COLUMN, cells)

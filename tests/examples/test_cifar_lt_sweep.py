@@ -17,11 +17,11 @@ from sklearn.datasets import load_digits
 from examples.cifar_lt import cells, checkpoint, pack, plan, profile, search, sweep
 from examples.cifar_lt.configs import CONFIGS
 from examples.cifar_lt.data import Split
-from examples.cifar_lt.errors import UserError
+from examples.cifar_lt.errors import OutOfTimeError, UserError, exit_code
 from examples.cifar_lt.imbalance import class_counts, subset
 from examples.cifar_lt.main import parse
 from examples.cifar_lt.models import ResNet
-from examples.cifar_lt.run import OutOfTimeError, run
+from examples.cifar_lt.run import run
 from examples.cifar_lt.subsets import Splits, identity, packed_file
 
 SMOKE = CONFIGS["smoke"]
@@ -169,18 +169,18 @@ def test_the_tables_have_their_cells():
     ],
 )
 def test_wrong_options_exit_with_two(options, message, tmp_path, capsys):
-    assert sweep.main(sweep.Options(out=tmp_path, work=tmp_path, **options)) == 2
+    assert exit_code(lambda: sweep.sweep(sweep.Options(out=tmp_path, work=tmp_path, **options))) == 2
     assert message in capsys.readouterr().err
 
 
 def test_what_goes_wrong_exits_with_one_and_names_it(packed, tmp_path, capsys, monkeypatch):
     options = sweep.Options(preset="smoke", packed=tmp_path, methods=("sgd",), seeds=1, out=tmp_path, work=tmp_path)
-    assert sweep.main(options) == 1
+    assert exit_code(lambda: sweep.sweep(options)) == 1
     assert "smoke-cifar10-lt-100.pack is missing" in capsys.readouterr().err
 
     stale = tmp_path / "smoke" / "cifar10-lt-100" / "sgd-ce-s0.json"
     checkpoint.write_json(stale, {"config": SMOKE.identity() | {"epochs": 7}})
-    assert sweep.main(dataclasses.replace(options, packed=packed)) == 1
+    assert exit_code(lambda: sweep.sweep(dataclasses.replace(options, packed=packed))) == 1
     assert "sgd-ce-s0.json is of a run with other settings (epochs: 7 there, 5 here)" in capsys.readouterr().err
     stale.unlink()
 
@@ -191,7 +191,7 @@ def test_what_goes_wrong_exits_with_one_and_names_it(packed, tmp_path, capsys, m
         raise OSError(28, "No space left on device", str(folder))
 
     monkeypatch.setattr(checkpoint, "open_manager", full)
-    assert sweep.main(dataclasses.replace(options, packed=packed)) == 1
+    assert exit_code(lambda: sweep.sweep(dataclasses.replace(options, packed=packed))) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert json.loads(finished.read_text())["config"]["loss"] == "focal"
 
