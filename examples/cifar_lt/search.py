@@ -2,13 +2,13 @@
 
 python -m examples.cifar_lt.search --recipes 40 --data-dir data
 
-The budget is the number of recipes. The test set plays no part. Writes search.json and search.png; can be stopped and
-started again.
+The budget is the number of recipes. The best of either method are run with more seeds. The test set plays no part.
+Writes search.json and search.png; can be stopped and started again.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ from examples.cifar_lt.sweep import command
 matplotlib.use("Agg")
 
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
-    "loss": {name: {"loss": name} for name in ("ce", "cb-ce", "logit-adjustment")},
-    "λ finite after": {f"{part:.0%}": {"start": part} for part in (0.25, 0.5, 0.8)},
+    "loss": {
+        **{name: {"loss": name} for name in ("ce", "cb-ce", "logit-adjustment")},
+        "ce, resampled": {"balanced_batches": True},
+    },
+    "λ finite after": {f"{part:.0%}": {"start": part} for part in (0.0, 0.25, 0.5, 0.8)},
     "decay": {f"{decay:g}": {"decay": decay} for decay in (0.01, 0.1, 0.5)},
     "strength": {
-        **{f"λ {t:g}": {"temperature": t} for t in (0.5, 1.0, 2.0, 5.0, 10.0)},
+        **{f"λ {t:g}": {"temperature": t} for t in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)},
         **{f"ρ {r:g}": {"kl_radius": r} for r in (0.1, 0.3, 1.0)},
     },
     "γ": {f"{gamma:g}": {"gamma": gamma} for gamma in (0.1, 0.9)},
@@ -59,6 +62,10 @@ class Options:
     """The dataset, as in a sweep."""
     recipes: int = 40
     """The budget: so many recipes are drawn."""
+    finalists: int = 3
+    """Of these many recipes of SGD, and as many of ABSGD, the accuracy is a mean over seeds."""
+    seeds: int = 3
+    """Number of seeds of the finalists."""
     validation: float = 0.1
     """Fraction of each class held out to compare by."""
     out: Path = Path(__file__).parent / "results" / "search"
@@ -83,12 +90,10 @@ def draw(options: Options) -> Iterator[tuple[dict[str, str], Config, Config]]:
 
 
 def search(options: Options, console: Console) -> dict[str, Any]:
-    """Trains all recipes and returns what they gave on the validation split."""
+    """Trains all recipes, then the best of either method with more seeds; returns what they gave on validation."""
     drawn = list(draw(options))
-    configs = {config for _, *pair in drawn for config in pair}
-    names = {config: Segment(config, 0, config.epochs, None).name for config in configs}
-    paths = {config: options.out / "runs" / f"{name}.json" for config, name in names.items()}
-    results = run(dict(sorted(paths.items(), key=lambda item: item[1])), options.work, command, console)
+    sgds, absgds = (list(dict.fromkeys(configs)) for configs in zip(*(pair for _, *pair in drawn), strict=True))
+    results = train([*sgds, *absgds], options, console)
     recipes = []
     for recipe, sgd, absgd in drawn:
         before, after = results[sgd], results[absgd]
@@ -102,6 +107,15 @@ def search(options: Options, console: Console) -> dict[str, Any]:
                 "commands": [before["command"], after["command"]],
             }
         )
+    leaders = []
+    for configs in (sgds, absgds):
+        leaders += sorted(configs, key=lambda config: -results[config]["val_top1"])[: options.finalists]
+    with_seeds = {c: [dataclasses.replace(c, seed=c.seed + i) for i in range(options.seeds)] for c in leaders}
+    results = train([config for configs in with_seeds.values() for config in configs], options, console)
+    finalists = []
+    for config, configs in with_seeds.items():
+        accuracies = [results[config]["val_top1"] for config in configs]
+        finalists.append({"method": config.method, "val_top1": accuracies, "command": command(config)})
     some = next(iter(results.values()))
     settings = {name: str(value) for name, value in dataclasses.asdict(options).items() if not isinstance(value, Path)}
     return {
@@ -109,8 +123,16 @@ def search(options: Options, console: Console) -> dict[str, Any]:
         "options": settings,
         "hardware": some["hardware"],
         "versions": some["versions"],
+        "finalists": sorted(finalists, key=lambda finalist: -np.mean(finalist["val_top1"])),
         "recipes": sorted(recipes, key=lambda recipe: -recipe["absgd"]),
     }
+
+
+def train(configs: Iterable[Config], options: Options, console: Console) -> dict[Config, dict[str, Any]]:
+    """The results of the runs, each in a file of its own."""
+    names = {config: Segment(config, 0, config.epochs, None).name for config in configs}
+    paths = {config: options.work / "results" / f"{name}.json" for config, name in names.items()}
+    return run(dict(sorted(paths.items(), key=lambda item: item[1])), options.work, command, console)
 
 
 def figure(found: dict[str, Any], path: Path) -> None:
@@ -139,8 +161,8 @@ def main(options: Options) -> None:
     found = search(options, console)
     checkpoint.write_json(options.out / "search.json", found)
     figure(found, options.out / "search.png")
-    for recipe in found["recipes"][:5]:
-        console.print(f"{recipe['absgd']:.2f} % (SGD {recipe['sgd']:.2f} %)  {', '.join(recipe['recipe'].values())}")
+    for finalist in found["finalists"]:
+        console.print(f"{np.mean(finalist['val_top1']):.2f} %  {finalist['command']}", soft_wrap=True)
 
 
 if __name__ == "__main__":
