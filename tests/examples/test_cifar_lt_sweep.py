@@ -197,7 +197,7 @@ def test_what_goes_wrong_exits_with_one_and_names_it(packed, tmp_path, capsys, m
 
 
 def test_a_search_draws_pairs_that_differ_in_the_weighting_only(tmp_path):
-    options = search.Options(recipes=30)
+    options = search.Options(recipes=60)
     drawn = list(search.draw(options))
     assert drawn == list(search.draw(options))
     for recipe, sgd, absgd in drawn:
@@ -211,3 +211,25 @@ def test_a_search_draws_pairs_that_differ_in_the_weighting_only(tmp_path):
     assert len(levels) == sum(map(len, search.FACTORS.values()))
     search.figure({"recipes": [{"recipe": recipe, "gain": 1.0} for recipe, *_ in drawn]}, tmp_path / "search.png")
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_runs_the_best_of_either_method_again(tmp_path, monkeypatch):
+    def run(paths, *_):
+        # λ = 2 is best, and label smoothing for both; a later seed is a point better
+        return {
+            c: {
+                "val_top1": (c.temperature == 2) + 0.5 * (c.label_smoothing > 0) + c.seed - cells.TUNING_SEED,
+                "command": "", "ess_by_epoch": [1.0], "hardware": "", "versions": {},
+            }
+            for c in paths
+        }  # fmt: skip
+
+    monkeypatch.setattr(search, "run", run)
+    found = search.search(search.Options(recipes=300, finalists=2, seeds=3), search.Console())
+    assert [f["method"] for f in found["finalists"]] == ["absgd"] * 2 + ["sgd"] * 2
+    assert [f["val_top1"] for f in found["finalists"]] == [[1.5, 2.5, 3.5]] * 2 + [[0.5, 1.5, 2.5]] * 2
+    assert "--temperature 2.0" in found["finalists"][0]["command"]
+    assert "--label-smoothing 0.1" in found["finalists"][0]["command"]
+    assert len(found["recipes"]) == 300
+    assert max(recipe["gain"] for recipe in found["recipes"]) == 1.0
+    search.figure(found, tmp_path / "search.png")
