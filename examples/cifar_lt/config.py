@@ -136,7 +136,12 @@ class Config:
         if self.classifier != "joint":
             return self.classifier
         if self.balanced_batches:
-            return "resample"
+            return f"resample-{self.weighting}".removesuffix("-sgd")
+        return self.weighting
+
+    @property
+    def weighting(self) -> str:
+        """The name of what weighs the examples, whatever they are drawn by and the classifier is fitted by."""
         if self.algorithm != "absgd":
             return self.algorithm
         momentum = "" if self.momentum else "-no-momentum"

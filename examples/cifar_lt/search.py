@@ -115,7 +115,7 @@ def search(options: Options, console: Console) -> dict[str, Any]:
     finalists = []
     for config, configs in with_seeds.items():
         accuracies = [results[config]["val_top1"] for config in configs]
-        finalists.append({"method": config.method, "val_top1": accuracies, "command": command(config)})
+        finalists.append({"weighting": config.weighting, "val_top1": accuracies, "command": command(config)})
     some = next(iter(results.values()))
     settings = {name: str(value) for name, value in dataclasses.asdict(options).items() if not isinstance(value, Path)}
     return {

@@ -202,8 +202,8 @@ def test_a_search_draws_pairs_that_differ_in_the_weighting_only(tmp_path):
     assert drawn == list(search.draw(options))
     for recipe, sgd, absgd in drawn:
         assert set(recipe) == set(search.FACTORS)
-        assert sgd.method == "sgd"
-        assert absgd.method in ("absgd", "kl-radius")
+        assert sgd.weighting == "sgd"
+        assert absgd.weighting in ("absgd", "absgd-one-stage", "kl-radius")
         differing = {f.name for f in dataclasses.fields(sgd) if getattr(sgd, f.name) != getattr(absgd, f.name)}
         assert differing <= {"temperature", "kl_radius", "gamma", "start"}
         assert sgd.validation == absgd.validation == 0.1
@@ -226,7 +226,7 @@ def test_a_search_runs_the_best_of_either_method_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(search, "run", run)
     found = search.search(search.Options(recipes=300, finalists=2, seeds=3), search.Console())
-    assert [f["method"] for f in found["finalists"]] == ["absgd"] * 2 + ["sgd"] * 2
+    assert [f["weighting"] for f in found["finalists"]] == ["absgd"] * 2 + ["sgd"] * 2
     assert [f["val_top1"] for f in found["finalists"]] == [[1.5, 2.5, 3.5]] * 2 + [[0.5, 1.5, 2.5]] * 2
     assert "--temperature 2.0" in found["finalists"][0]["command"]
     assert "--label-smoothing 0.1" in found["finalists"][0]["command"]
