@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from examples.cifar_lt.config import Config
-from examples.cifar_lt.environment import hardware, versions
 from examples.cifar_lt.programs import all_functions, call, images_of, stack
 from examples.cifar_lt.schedule import make_hyper, steps_per_epoch
 from examples.cifar_lt.train import precision
+from examples.environment import hardware, versions
 
 EPOCHS = 3
 

@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.cifar_lt import checkpoint, plan
 from examples.cifar_lt.config import Config, jsonable
-from examples.cifar_lt.environment import hardware, versions
 from examples.cifar_lt.errors import OutOfTimeError
 from examples.cifar_lt.imbalance import groups
 from examples.cifar_lt.plan import Segment
 from examples.cifar_lt.programs import Images, all_functions, call, images_of, kind, over_runs, stack
 from examples.cifar_lt.schedule import Hyper, make_hyper
 from examples.cifar_lt.train import Data, Functions, State, precision
+from examples.environment import hardware, versions
 
 COLUMNS = (
     TextColumn("{task.description}"),

@@ -1,0 +1,49 @@
+"""What the benchmarks have in common: records in JSON, each with what it depends on."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.environment import hardware, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+Record = dict[str, Any]
+
+
+def write(name: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
+    """Writes ``name.json``, a record a line, each with the hardware, the versions and the command."""
+    command = f"python -m benchmarks.{name} {shlex.join(sys.argv[1:])}".strip()
+    common = {"hardware": hardware(), "versions": versions(), "command": command}
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(record | common, allow_nan=False) for record in records)
+    path.write_text(f"[\n{lines}\n]\n")
+    return path
+
+
+def read(name: str, folder: Path = RESULTS) -> list[Record]:
+    """The records of ``name.json``; none if it was not run."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def publish(
+    name: str,
+    records: Sequence[Record],
+    markdown: Callable[[list[Record]], str],
+    figure: Callable[[list[Record], Path], None],
+) -> None:
+    """Writes the JSON and the plot of a benchmark and prints its table, both drawn from the file."""
+    path = write(name, records)
+    figure(read(name), path.with_suffix(".png"))
+    print(f"{markdown(read(name))}\n\nWrote {path} and {path.with_suffix('.png')}.")
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table with the keys of the first row as its head."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
