@@ -1,0 +1,66 @@
+"""Benchmark: KL-DRO linear regression."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from benchmarks import kl_dro, records
+
+
+def problem(n=250, d=3):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(n, d)), np.ones((n, 1))], axis=1)
+    return x, x @ rng.normal(size=d + 1) + rng.standard_t(4, size=n)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 5.0])
+def test_newton_finds_what_scipy_finds(temperature):
+    x, y = problem()
+    found = minimize(lambda w: kl_dro.objective(w, x, y, temperature), np.linalg.lstsq(x, y)[0], method="BFGS")
+    assert kl_dro.optimum(x, y, temperature) == pytest.approx(found.fun, rel=1e-6)
+
+
+def test_the_features_are_those_of_scikit_learn(tmp_path):
+    # longitude, latitude, age, rooms, bedrooms, population, households, income, value
+    blocks = np.array([[-122, 37, 41, 880, 130, 320, 160, 8.3, 452600], [-120, 35, 20, 900, 200, 750, 250, 2.5, 90000]])
+    np.savetxt(tmp_path / "cal_housing.data", blocks, delimiter=",")
+    x, y = kl_dro.load(tmp_path)
+    assert x.shape == (2, 9)
+    assert y.tolist() == [4.526, 0.9]
+    # income, age, rooms, bedrooms, population, occupancy, latitude, longitude, of which two blocks make 1 and -1
+    np.testing.assert_allclose(x[0], [1, 1, 1, 1, -1, -1, 1, -1, 1])
+
+
+def test_umax_is_that_of_its_authors():
+    lam, risks = 0.5, [1.0, 3.0, 2.0, 0.1, 2.5]
+    transform = kl_dro.scale_by_umax(lam)
+    state, log_s = transform.init(None), -np.inf
+    for risk in risks:
+        updates, state = transform.update(jnp.float32(1), state, value=jnp.float32(risk))
+        log_s = max(log_s, risk / lam)
+        log_s += lam * 0.1 * (np.exp(risk / lam - log_s) - 1)
+        assert float(updates) == pytest.approx(np.exp(risk / lam - log_s), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", list(kl_dro.METHODS))
+def test_every_method_descends(name, monkeypatch):
+    monkeypatch.setattr(kl_dro, "EPOCHS", 4)
+    monkeypatch.setattr(kl_dro, "EVERY", 2)
+    x, y = problem()
+    start = np.zeros(4)
+    method = kl_dro.METHODS[name]
+    run = kl_dro.Run(jnp.float32(5), jnp.float32(1e-5), jnp.float32(method.parameters[2]), jnp.int32(0))
+    path = jax.jit(lambda run: kl_dro.train(method, *(jnp.float32(a) for a in (x, y, start)), run))(run)
+    values = [kl_dro.objective(np.asarray(w, float), x, y, 5.0) for w in path]
+    assert len(values) == 3
+    assert values[0] > values[1] > values[2]
+
+
+def test_a_failed_seed_is_counted_and_not_averaged(tmp_path):
+    common = {"method": "m", "temperature": 1.0, "optimum": 2.0}
+    path = records.write("kl_dro", [common | {"seed": i, "gap": gap} for i, gap in enumerate([1, 3, None])], tmp_path)
+    assert path.exists()
+    lines = kl_dro.markdown(records.read("kl_dro", tmp_path)).splitlines()
+    assert [line for line in lines if line.startswith("| m ")] == ["| m | 2 ± 1, 1 failed |"]
