@@ -56,8 +56,8 @@ class Method(NamedTuple):
     """An optimizer, up to its learning rate, and the settings of it for each λ."""
 
     optimizer: Callable[[Run, int], optax.GradientTransformationExtraArgs]
-    rates: tuple[float, float, float]
-    parameters: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rates: tuple[float, ...]
+    parameters: tuple[float, ...] = (0.0, 0.0, 0.0)
     softplus: bool = False
 
 
@@ -73,7 +73,7 @@ class UmaxState(NamedTuple):
 def scale_by_umax(temperature: Any) -> optax.GradientTransformationExtraArgs:
     """U_MAX: gradient steps on log s, which is lifted to the batch's where that is larger."""
 
-    def update(updates, state, params=None, *, value, **_):
+    def update(updates, state, params=None, *, value=jnp.nan, **_):
         del params
         lifted = jnp.maximum(state.risk, value)
         # The authors' step is λ times the rate, on log s.
@@ -224,8 +224,7 @@ def measure(options: Options) -> list[Record]:
     """A record for every method, λ and seed."""
     x, y = load(options.data_dir)
     best = {temperature: optimum(x, y, temperature) for temperature in TEMPERATURES}
-    data = (jnp.asarray(a, jnp.float32) for a in (x, y, np.linalg.lstsq(x, y)[0]))
-    images = tuple(data)
+    inputs, targets, start = (jnp.asarray(a, jnp.float32) for a in (x, y, np.linalg.lstsq(x, y)[0]))
     records = []
     with Progress() as progress:
         for name, method in progress.track(METHODS.items(), description="KL-DRO"):
@@ -235,7 +234,9 @@ def measure(options: Options) -> list[Record]:
                 for seed in range(options.seeds)
             ]
             stacked = Run(*(jnp.asarray(column) for column in zip(*runs, strict=True)))
-            paths = np.asarray(jax.jit(jax.vmap(lambda run, m=method: train(m, *images, run)))(stacked), float)
+            paths = np.asarray(
+                jax.jit(jax.vmap(lambda run, m=method: train(m, inputs, targets, start, run)))(stacked), float
+            )
             for run, path in zip(runs, paths, strict=True):
                 gaps = [objective(w, x, y, run.temperature) - best[run.temperature] for w in path]
                 gaps = [float(f"{gap:.4g}") if np.isfinite(gap) else None for gap in gaps]

@@ -56,10 +56,10 @@ def risk(w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return absgd_jax.entropic_risk((jax.nn.sigmoid(x @ w) - y) ** 2 + RIDGE * jnp.sum(w**2), TEMPERATURE)
 
 
-Init, Update = Callable[[jax.Array], Any], Callable[..., tuple[jax.Array, Any]]
+Algorithm = tuple[Callable[[jax.Array], Any], Callable[..., tuple[Any, Any]]]  # init and update
 
 
-def absgd(rate: float, gamma: float, momentum: float) -> tuple[Init, Update]:
+def absgd(rate: float, gamma: float, momentum: float) -> Algorithm:
     """ABSGD; the rate is that of the sum of the geometric series that momentum makes of it."""
     scale = absgd_jax.scale_by_absgd(TEMPERATURE, gamma, bias_correction=True)  # s starts at the first batch's
     optimizer = optax.chain(scale, optax.sgd(rate * (1 - momentum), momentum=momentum))
@@ -72,7 +72,7 @@ def absgd(rate: float, gamma: float, momentum: float) -> tuple[Init, Update]:
     return optimizer.init, update
 
 
-def variance_reduced(rate: float, a: float) -> tuple[Init, Update]:
+def variance_reduced(rate: float, a: float) -> Algorithm:
     """RECOVER."""
 
     def update(w, state, batch):
@@ -84,7 +84,7 @@ def variance_reduced(rate: float, a: float) -> tuple[Init, Update]:
 
 
 # The powers of T of the rate and of γ (or a), and what they make.
-METHODS: dict[str, tuple[float, float, Callable[[Any, Any], tuple[Init, Update]]]] = {
+METHODS: dict[str, tuple[float, float, Callable[[Any, Any], Algorithm]]] = {
     "ABSGD": (-1 / 2, -1 / 2, lambda rate, gamma: absgd(rate, gamma, 0.9)),
     "ABSGD, no momentum": (-1 / 2, -1 / 2, lambda rate, gamma: absgd(rate, gamma, 0.0)),
     "mini-batch softmax": (-1 / 2, 0.0, lambda rate, gamma: absgd(rate, gamma, 0.9)),
