@@ -73,6 +73,10 @@ class UmaxState(NamedTuple):
 def scale_by_umax(temperature: Any) -> optax.GradientTransformationExtraArgs:
     """U_MAX: gradient steps on log s, which is lifted to the batch's where that is larger."""
 
+    def init(params):
+        del params
+        return UmaxState(jnp.float32(-jnp.inf))
+
     def update(updates, state, params=None, *, value=jnp.nan, **_):
         del params
         lifted = jnp.maximum(state.risk, value)
@@ -81,7 +85,7 @@ def scale_by_umax(temperature: Any) -> optax.GradientTransformationExtraArgs:
         factor = jnp.exp(value / temperature - log_s)
         return jax.tree.map(lambda g: factor * g, updates), UmaxState(temperature * log_s)
 
-    return optax.GradientTransformationExtraArgs(lambda _: UmaxState(jnp.float32(-jnp.inf)), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def heavy_ball() -> optax.GradientTransformation:
