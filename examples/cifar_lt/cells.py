@@ -1,6 +1,7 @@
 """The cells of the tables: which runs a column consists of."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,7 +38,9 @@ TABLE_2: list[dict[str, Any]] = [
 ]
 # Wrong labels: λ < 0 once the network knows the classes, before it learns the wrong labels by heart.
 NOISE: list[dict[str, Any]] = [{}, *({"temperature": t, "start": 0.25} for t in NOISE_TEMPERATURES)]
-TABLES = {"1": TABLE_1, "2": TABLE_2, "noise": NOISE}
+# A recipe that has robust weighting in it, and the same without.
+PAIR: list[dict[str, Any]] = [{"temperature": math.inf, "kl_radius": None}, {}]
+TABLES = {"1": TABLE_1, "2": TABLE_2, "noise": NOISE, "pair": PAIR}
 
 COLUMN = re.compile(r"(cifar10|cifar100)-(lt|st)-([0-9.]+)(?:-sym([0-9.]+)|-(aggre|worse|random[123]|noisy))?")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from examples.cifar_lt.errors import UsageError
 
-Preset = Literal["smoke", "mini", "paper"]
+Preset = Literal["smoke", "mini", "paper", "best"]
 Loss = Literal["ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "balanced-softmax", "logit-adjustment"]
 Algorithm = Literal["absgd", "recover", "meta", "l2rw"]
 Trained = Literal["all", "last-block", "classifier"]

@@ -1,6 +1,6 @@
-"""Tables and figures of a preset's results, drawn from its cells (one JSON a run) alone.
+"""Tables and figures of results, drawn from its cells (one JSON a run) alone.
 
-python -m examples.cifar_lt.report examples/cifar_lt/results/mini
+python -m examples.cifar_lt.report examples/cifar_lt/results/mini examples/cifar_lt/results/best
 
 Writes table.md and PNGs beside the cells of each column. For results inside this package it also fills the README.
 """
@@ -22,9 +22,9 @@ from rich.table import Table
 
 from examples.cifar_lt import figures
 from examples.cifar_lt.cells import TUNING_SEED, cells as configs_of
-from examples.cifar_lt.config import LOSSES
+from examples.cifar_lt.config import LOSSES, Preset
 from examples.cifar_lt.configs import CONFIGS
-from examples.cifar_lt.errors import UserError, exit_code
+from examples.cifar_lt.errors import UsageError, UserError, exit_code
 from examples.readme import BEGIN, fill
 
 HERE = Path(__file__).parent
@@ -36,6 +36,7 @@ METHODS = {
     "term": "TERM", "recover": "RECOVER", "meta": "META", "l2rw": "L2RW", "resample": "Resampling",
     "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm", "lws": "LWS", "sgd-no-momentum": "SGD, no momentum",
     "absgd-no-momentum": "ABSGD, no momentum", "absgd-one-stage": "ABSGD, one stage",
+    "resample-absgd": "Resampling, ABSGD",
 }  # fmt: skip
 NEEDED = {
     *("preset", "column", "method", "loss", "temperature", "kl_radius", "seed", "second_stage", "top1", "val_top1"),
@@ -64,7 +65,7 @@ class Row(NamedTuple):
     strength: Strength
     chosen: bool | None  # None: there was nothing to choose by
     cells: list[Cell]
-    gains: list[float]  # over SGD with the same loss, seed by seed
+    gains: list[float]  # over SGD with the same loss and batches, seed by seed
 
     @property
     def name(self) -> str:
@@ -124,17 +125,18 @@ def choose(family: Sequence[Cell]) -> Strength | None:
     return max(scores, key=lambda s: np.mean(scores[s])) if scores else None
 
 
-def expected(column: str) -> list[tuple[str, str]]:
+def expected(preset: Preset, column: str) -> list[tuple[str, str]]:
     """The methods and losses of a column's tables, a loss after the other."""
     tables = ("1", "2") if re.search(r"-(lt|st)-[0-9.]+$", column) else ("noise",)
-    runs = {config for name in tables for config in configs_of(CONFIGS["paper"], name, column, [0])}
+    tables = ("pair",) if preset == "best" else tables
+    runs = {config for name in tables for config in configs_of(CONFIGS[preset], name, column, [0])}
     pairs = {(config.method, config.loss) for config in runs}
     return sorted(pairs, key=lambda pair: (LOSSES.index(pair[1]), list(METHODS).index(pair[0])))
 
 
 def families(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
     """The cells of each method and loss: what was expected first, cells or not, then what else there is."""
-    found = {pair: [] for pair in (expected(cells[0]["column"]) if cells else ())}
+    found = {pair: [] for pair in (expected(cells[0]["preset"], cells[0]["column"]) if cells else ())}
     for cell in cells:
         found.setdefault((cell["method"], cell["loss"]), []).append(cell)
     return found
@@ -142,16 +144,16 @@ def families(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
 
 def rows(cells: Sequence[Cell]) -> list[Row]:
     """A row for every strength of every method and loss. What was expected, or chosen, and not run has no cells."""
-    sgd, result = defaultdict(dict), []
+    plain, result = defaultdict(dict), []
     for cell in filter(is_tested, cells):
-        if cell["method"] == "sgd":
-            sgd[cell["loss"]][cell["seed"]] = cell["top1"]
+        if cell["method"] in ("sgd", "resample"):
+            plain[cell["method"], cell["loss"]][cell["seed"]] = cell["top1"]
     for (method, loss), family in families(cells).items():
         best = choose(family) if family else Strength()
         by_strength = {} if best is None else {best: []}
         for cell in filter(is_tested, family):
             by_strength.setdefault(strength(cell), []).append(cell)
-        base = {} if method == "sgd" else sgd[loss]
+        base = {} if method == "sgd" else plain["resample" if method.startswith("resample-") else "sgd", loss]
         for key, tested in sorted(by_strength.items()) or [(Strength(), [])]:
             gains = [cell["top1"] - base[cell["seed"]] for cell in tested if cell["seed"] in base]
             result.append(Row(method, loss, key, None if best is None else key == best, tested, gains))
@@ -292,44 +294,41 @@ def terminal(column: str, texts: Sequence[dict[str, str]]) -> Table:
     return shown
 
 
-def readme_text(folder: str, sections: Sequence[tuple[str, str, dict[str, str]]]) -> str:
-    """The tables of all columns, with links to their figures."""
-    parts = []
-    for column, text, drawn in sections:
-        links = ", ".join(f"[{title}]({folder}/{column}/{name})" for name, title in drawn.items())
-        parts += [f"### {column}", text] + ([f"Figures: {links}."] if links else [])
-    return "\n\n".join(parts)
-
-
-def report(folder: Path, package: Path = HERE) -> None:
-    """Tables and figures of a preset's results; the README of a package that holds them is filled as well."""
-    folder, console, sections = folder.resolve(), Console(), []
-    columns, problems = load(folder)
-    for column, cells in columns.items():
-        text, everything = markdown(column, cells), rows(cells)
-        (folder / column / "table.md").write_text(f"# {column}\n\n{text}\n\n{legend(cells)}\n", encoding="utf-8")
-        drawn, unreadable = figures.draw(everything, folder / column)
-        problems += unreadable
-        if texts := table(column, everything):
-            console.print(terminal(column, texts))
-        sections.append((column, text, drawn))
+def report(folders: Sequence[Path], package: Path = HERE) -> None:
+    """Tables and figures of presets' results; if a package holds all of them its README is filled as well."""
+    if not folders:
+        raise UsageError("Which results? Give their folders, such as examples/cifar_lt/results/mini.")
+    console, package, sections, everything, problems = Console(), package.resolve(), [], [], []
+    for folder in [folder.resolve() for folder in folders]:
+        columns, broken = load(folder)
+        problems += broken
+        for column, cells in columns.items():
+            text, shown = markdown(column, cells), rows(cells)
+            (folder / column / "table.md").write_text(f"# {column}\n\n{text}\n\n{legend(cells)}\n", encoding="utf-8")
+            drawn, unreadable = figures.draw(shown, folder / column)
+            problems += unreadable
+            if texts := table(column, shown):
+                console.print(terminal(column, texts))
+            links = [f"[{title}]({folder / column / name})" for name, title in drawn.items()]
+            links = [link.replace(f"{package}/", "") for link in links]
+            sections += [f"### {folder.name}: {column}", text] + ([f"Figures: {', '.join(links)}."] if links else [])
+            everything += cells
     if problems:
         raise UserError("\n".join(problems))
     # Half of the results must not pass for all of them, so a broken cell leaves the README as it is.
-    readme, package = package / "README.md", package.resolve()
-    if folder.is_relative_to(package) and readme.exists() and BEGIN in readme.read_text("utf-8"):
-        text = readme_text(folder.relative_to(package).as_posix(), sections)
-        fill(readme, f"{text}\n\n{legend([cell for cells in columns.values() for cell in cells])}")
+    readme, inside = package / "README.md", all(folder.resolve().is_relative_to(package) for folder in folders)
+    if inside and readme.exists() and BEGIN in readme.read_text("utf-8"):
+        fill(readme, "\n\n".join([*sections, legend(everything)]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Draws tables and figures."""
 
-    folder: tyro.conf.Positional[Path]
-    """A preset's results: a folder a column, a JSON a cell."""
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Presets' results: a folder a column, a JSON a cell."""
 
 
 if __name__ == "__main__":
     chosen = tyro.cli(Options)
-    sys.exit(exit_code(lambda: report(chosen.folder)))
+    sys.exit(exit_code(lambda: report(chosen.folders)))

@@ -31,8 +31,8 @@ from examples.cifar_lt.subsets import identity, packed_file, prepare
 class Options:
     """Trains all methods of a table."""
 
-    table: tuple[Literal["1", "2", "noise"], ...] = ("1", "2")
-    """1: ABSGD and META on the losses of the paper. 2: everything else. noise: wrong labels."""
+    table: tuple[Literal["1", "2", "noise", "pair"], ...] = ("1", "2")
+    """1: ABSGD and META on the losses of the paper. 2: all else. noise: wrong labels. pair: with and without λ."""
     columns: tuple[str, ...] = ("cifar10-lt-100",)
     """Dataset (cifar10, cifar100), long tail or step (lt, st), imbalance ratio; also, say, cifar10-lt-1-sym0.4."""
     preset: Preset = "mini"

@@ -143,16 +143,20 @@ def test_paper_numbers_are_those_known():
 
 def test_what_is_missing_is_not_run():
     text = markdown(COLUMN, study()).split("Not run: ")[1].split(".\n")[0].split("), ")
-    assert len(text) == len(expected(COLUMN)) - 2
+    assert len(text) == len(expected("paper", COLUMN)) - 2
     assert "TERM (ce" in text
     assert "META (ldam" in text
-    assert ("sgd", "logit-adjustment") in expected(COLUMN)
-    assert len(expected(COLUMN)) == len(set(expected(COLUMN))) == 33
-    assert expected(COLUMN)[:3] == [("sgd", "ce"), ("absgd", "ce"), ("kl-radius", "ce")]
+    assert ("sgd", "logit-adjustment") in expected("paper", COLUMN)
+    assert len(expected("paper", COLUMN)) == len(set(expected("paper", COLUMN))) == 33
+    assert expected("paper", COLUMN)[:3] == [("sgd", "ce"), ("absgd", "ce"), ("kl-radius", "ce")]
 
 
 def test_columns_with_wrong_labels_expect_less():
-    assert expected("cifar10-lt-1-sym0.4") == expected("cifar100-lt-1-noisy") == [("sgd", "ce"), ("absgd", "ce")]
+    assert (
+        expected("paper", "cifar10-lt-1-sym0.4")
+        == expected("mini", "cifar100-lt-1-noisy")
+        == [("sgd", "ce"), ("absgd", "ce")]
+    )
     cells = [c | {"column": "cifar10-lt-1-sym0.4"} for c in study()]
     assert "Not run" not in markdown("cifar10-lt-1-sym0.4", cells)
 
@@ -183,7 +187,7 @@ def test_the_command_writes_tables_figures_and_the_readme(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- generated -->\nold\n<!-- /generated -->\nafter\n")
 
-    report.report(folder, package=tmp_path)
+    report.report([folder], package=tmp_path)
     for name in ("per_class", "curves", "gains", "tsne"):
         assert (folder / COLUMN / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "cifar10-st-100" / "tsne.png").exists()
@@ -191,7 +195,7 @@ def test_the_command_writes_tables_figures_and_the_readme(tmp_path, capsys):
     assert filled.startswith("before\n")
     assert filled.endswith("after\n")
     assert "old" not in filled
-    assert "### cifar10-st-100" in filled
+    assert "### mini: cifar10-st-100" in filled
     assert f"[t-SNE of the features](results/mini/{COLUMN}/tsne.png)" in filled
     assert filled.count("Top-1: test accuracy") == written.count("Top-1: test accuracy") == 1
     table_lines = [line.count("|") for line in written.split("\n\n")[1].splitlines()]
@@ -207,7 +211,7 @@ def test_a_broken_cell_is_named_and_the_others_are_shown(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- generated -->\nold\n<!-- /generated -->\n")
     with pytest.raises(UserError) as caught:
-        report.report(tmp_path, package=tmp_path)
+        report.report([tmp_path], package=tmp_path)
     assert all(path.name in str(caught.value) for path in paths[:3])
     assert "ABSGD" in capsys.readouterr().out
     assert (tmp_path / COLUMN / "table.md").exists()
@@ -218,15 +222,15 @@ def test_broken_features_are_named(tmp_path):
     for path in write(tmp_path, [cell(), cell("absgd", "ce", 1.0)]):
         path.with_name(path.stem + "-features.npz").write_text("nonsense")
     with pytest.raises(UserError, match=r"features\.npz cannot be read"):
-        report.report(tmp_path)
+        report.report([tmp_path])
     assert (tmp_path / COLUMN / "curves.png").exists()
 
 
 def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="There is no folder"):
-        report.report(tmp_path / "nowhere")
+        report.report([tmp_path / "nowhere"])
     with pytest.raises(UserError, match="holds no results"):
-        report.report(tmp_path)
+        report.report([tmp_path])
     write(tmp_path, [cell()])[0].write_text("{")
     with pytest.raises(UserError, match=r"sgd-ce-0-s0\.json cannot be read"):
         load(tmp_path)
@@ -236,10 +240,21 @@ def test_bad_input(tmp_path):
 
 
 def test_the_table_has_every_family_once():
-    cells = [cell(m, loss, "inf", s, 70.0) for m, loss in expected(COLUMN) for s in range(2)] + [cell("new", "ce", 3.0)]
+    cells = [cell(m, loss, "inf", s, 70.0) for m, loss in expected("paper", COLUMN) for s in range(2)] + [
+        cell("new", "ce", 3.0)
+    ]
     seen = defaultdict(int)
     for row in rows(cells):
         seen[row.method, row.loss] += 1
-    assert list(seen) == [*expected(COLUMN), ("new", "ce")]
+    assert list(seen) == [*expected("paper", COLUMN), ("new", "ce")]
     assert set(seen.values()) == {1}
     assert "Not run" not in markdown(COLUMN, cells)
+
+
+def test_resampled_runs_are_compared_with_resampled_runs():
+    assert expected("best", COLUMN) == [("resample", "ce"), ("resample-absgd", "ce")]
+    cells = [cell("resample", "ce", "inf", s, 80.0 + s, preset="best") for s in range(2)]
+    cells += [cell("resample-absgd", "ce", 10.0, s, 81.5 + s, preset="best") for s in range(2)]
+    cells += [cell("sgd", "ce", "inf", s, 70.0, preset="best") for s in range(2)]
+    gains = {row.method: row.gains for row in rows(cells)}
+    assert gains == {"resample": [10.0, 11.0], "resample-absgd": [1.5, 1.5], "sgd": []}
