@@ -13,6 +13,8 @@ def absgd(
     momentum: float | None = 0.9,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    *,
+    bias_correction: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ABSGD with momentum and weight decay: Algorithm 1 as one Optax optimizer.
 
@@ -28,6 +30,8 @@ def absgd(
       momentum: μ; None keeps no momentum.
       weight_decay: ω, the gradient of the regulariser r(w) = ω‖w‖²/2, not weighted by p̃.
       nesterov: whether the momentum is Nesterov's.
+      bias_correction: as for :func:`absgd_jax.scale_by_absgd`; True spares the first batches a weight of 1/γ, which
+        matters where γ is small.
 
     Returns:
       An optimizer whose update takes ``value=``, the batch's :func:`absgd_jax.entropic_risk`.
@@ -58,7 +62,7 @@ def absgd(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, Algorithm 1.
     """
     return optax.chain(
-        scale_by_absgd(temperature, gamma),
+        scale_by_absgd(temperature, gamma, bias_correction=bias_correction),
         optax.add_decayed_weights(weight_decay) if _is_on(weight_decay) else optax.identity(),
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         optax.scale_by_learning_rate(learning_rate),
@@ -73,6 +77,8 @@ def abadam(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    *,
+    bias_correction: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """ABSGD's weights in front of Adam, with decoupled weight decay (AdamW).
 
@@ -84,6 +90,7 @@ def abadam(
       b2: decay of Adam's second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled weight decay, multiplied by the learning rate as in :func:`optax.adamw`.
+      bias_correction: as for :func:`absgd_jax.scale_by_absgd`.
 
     Returns:
       An optimizer whose update takes ``value=``, the batch's :func:`absgd_jax.entropic_risk`.
@@ -100,7 +107,7 @@ def abadam(
       <https://arxiv.org/abs/1711.05101>`_.
     """
     return optax.chain(
-        scale_by_absgd(temperature, gamma),
+        scale_by_absgd(temperature, gamma, bias_correction=bias_correction),
         optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay) if _is_on(weight_decay) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),

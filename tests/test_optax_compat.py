@@ -120,6 +120,19 @@ def test_every_optimizer_minimises_a_convex_problem_in_one_compilation(factory, 
     assert_minimises_in_one_compilation(factory(temperature))
 
 
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_the_first_batch_weighs_one_over_gamma_or_one(bias_correction):
+    params, (x, y) = zeros(), regression()
+    optimizer = absgd(0.01, 2.0, 0.1, momentum=None, bias_correction=bias_correction)
+    risk, grads = absgd_jax.value_and_grad(losses_of)(params, x, y, state=optimizer.init(params))
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, value=risk)
+    weight = 1 if bias_correction else 10
+    assert_trees(assert_allclose, updates, jax.tree.map(lambda g: -0.01 * weight * g, grads), rtol=1e-5)
+    same = abadam(0.01, 2.0, 0.1, bias_correction=bias_correction)
+    _, state = same.update(grads, same.init(params), params, value=risk)
+    assert_trees(assert_allclose, state[1].mu, jax.tree.map(lambda g: 0.1 * weight * g, grads), rtol=1e-5)
+
+
 @every_rule
 def test_state_keeps_its_types(temperature, gamma):
     optimizer = absgd(0.01, temperature, gamma)
