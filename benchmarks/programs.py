@@ -1,28 +1,42 @@
-"""Compiled programs: what the compiler says of them, on one device or several, and how their times compare."""
+"""Compiled steps: what the compiler says of them, on one device or several, and how their times compare.
+
+A step is ``step(state, *arguments) -> state``; the state is donated.
+"""
 
 import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
-Advance = Callable[[], Any]  # runs a program once; what it returns is waited for
+LEAST_SECONDS = 0.1  # of one timing
 
 
-def compiled(function: Callable, *arguments: Any, donate: int | Sequence[int] = ()) -> tuple[Any, float]:
-    """The compiled program, for arguments or their shapes, and the seconds that tracing and compiling took."""
+class Program(NamedTuple):
+    """A compiled step."""
+
+    step: Callable[..., Any]
+    init: Callable[[], Any]  # its first state
+    compiled: Any
+    compile_seconds: float
+
+
+def compile_step(step: Callable[..., Any], init: Callable[[], Any], *arguments: Any) -> Program:
+    """Compiles a step for arguments, or for their shapes; nothing is allocated."""
     began = time.perf_counter()
-    program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
-    return program, time.perf_counter() - began
+    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(init), *arguments).compile()
+    return Program(step, init, compiled, time.perf_counter() - began)
 
 
-def figures(program: Any) -> dict[str, float]:
+def figures(compiled: Any) -> dict[str, float]:
     """What a program costs according to the compiler. The body of a loop counts once."""
-    cost, memory = program.cost_analysis(), program.memory_analysis()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
@@ -54,9 +68,9 @@ def _split_cpu(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def mesh(count: int) -> jax.sharding.Mesh:
+def mesh(count: int) -> Mesh:
     """The first devices, along the axis ``data``."""
-    return jax.make_mesh((count,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
 
 
 class Collective(NamedTuple):
@@ -71,13 +85,13 @@ _COLLECTIVE = r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-perm
 _PRODUCT = r"(dot|convolution|custom-call)"
 
 
-def collectives(program: Any) -> list[Collective]:
-    """The collectives of a program in the order of its schedule.
+def collectives(compiled: Any) -> list[Collective]:
+    """The collectives of a compiled step in the order of its schedule.
 
     A step ends with the products of its backward pass, so that a collective without a product after it stands behind
     the whole backward pass. An asynchronous one counts where it is done.
     """
-    bodies, entry = _computations(program.as_text())
+    bodies, entry = _computations(compiled.as_text())
     lines = bodies[entry]
     products = [i for i, line in enumerate(lines) if _contains(_PRODUCT, line, bodies)]
     found = []
@@ -128,39 +142,37 @@ def _result_bytes(line: str) -> int:
 # --- times
 
 
-def repeated(step: Callable) -> Callable:
-    """``steps`` steps as one program, so that neither Python nor a short measurement blurs their time."""
-
-    def steps(number, state, *arguments):
-        return jax.lax.fori_loop(0, number, lambda _, state: step(state, *arguments), state)
-
-    return steps
-
-
-def seconds(advance: Advance) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(advance())
-    return time.perf_counter() - began
-
-
-def paired_ratios(
-    alternatives: dict[str, Advance], rounds: int, *, rarely: Sequence[str] = (), seed: int = 0
+def time_ratios(
+    alternatives: dict[str, Program], arguments: Sequence[Any], rounds: int, *, rarely: Sequence[str] = ()
 ) -> tuple[float, dict[str, list[float]]]:
-    """Times of all alternatives relative to the first one's of the same round, and its median seconds.
+    """Seconds of a step of the first alternative, and the time of each relative to it, round by round.
 
-    In each round every alternative runs once, in random order, so that what slows the machine down for more than a
-    round cancels. Those named in ``rarely`` take part in every fourth round only.
+    In each round every alternative runs once, in random order, so that what slows the machine down for longer than a
+    round cancels. Those named in ``rarely`` take part in every fourth round only. Steps that are too short to be timed
+    one by one are timed in a loop that is a program of its own.
     """
-    rng, baseline = np.random.default_rng(seed), next(iter(alternatives))
+    rng, first = np.random.default_rng(0), next(iter(alternatives))
+    functions = {name: program.compiled for name, program in alternatives.items()}
+    steps, trial = 1, _running(functions[first], alternatives[first], arguments)
+    trial()
+    if _seconds(trial) < LEAST_SECONDS / 2:
+        loops = {name: _compiled_loop(program, arguments) for name, program in alternatives.items()}
+        trial = _running(loops[first], alternatives[first], arguments)
+        trial(steps)
+        while _seconds(partial(trial, steps)) < LEAST_SECONDS:
+            steps *= 2
+        functions = {name: partial(loop, steps) for name, loop in loops.items()}
+
+    running = {name: _running(functions[name], program, arguments) for name, program in alternatives.items()}
     base, ratios = [], {name: [] for name in alternatives}
-    for advance in alternatives.values():
-        seconds(advance)
+    for advance in running.values():
+        advance()
     for number in range(rounds):
         names = [name for name in alternatives if name not in rarely or number % 4 == 0]
-        times = {name: seconds(alternatives[name]) for name in rng.permutation(names)}
-        base.append(times[baseline])
-        for name, time_of in times.items():
-            ratios[name].append(time_of / times[baseline])
+        seconds = {name: _seconds(running[name]) for name in rng.permutation(names)}
+        base.append(seconds[first] / steps)
+        for name in names:
+            ratios[name].append(seconds[name] / seconds[first])
     return float(np.median(base)), ratios
 
 
@@ -168,3 +180,27 @@ def quartiles(ratios: Sequence[float]) -> tuple[float, list[float]]:
     """The median, and the first and third quartile."""
     first, median, third = np.quantile(ratios, [0.25, 0.5, 0.75])
     return float(median), [float(first), float(third)]
+
+
+def _running(function: Callable[..., Any], program: Program, arguments: Sequence[Any]) -> Callable[..., None]:
+    """Goes on from the state that the last call left, and waits for the next one."""
+    state = program.init()
+
+    def advance(*number: int) -> None:
+        nonlocal state
+        state = jax.block_until_ready(function(*number, state, *arguments))
+
+    return advance
+
+
+def _compiled_loop(program: Program, arguments: Sequence[Any]) -> Any:
+    def loop(steps, state, *arguments):
+        return jax.lax.fori_loop(0, steps, lambda _, state: program.step(state, *arguments), state)
+
+    return jax.jit(loop, donate_argnums=1).lower(1, jax.eval_shape(program.init), *arguments).compile()
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began

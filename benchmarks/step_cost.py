@@ -35,7 +35,8 @@ matplotlib.use("Agg")
 DEVICES = 8
 CLASSES, TEMPERATURE, RATE, MOMENTUM, DECAY = 10, 1.0, 1e-4, 0.9, 5e-4
 SLOW = ("RECOVER", "META")  # two and more gradients a step: there is nothing to measure to 0.5 %
-LEAST_SECONDS = 0.1  # of one timing
+COMPARED = ("flops", "bytes", "temporary_bytes")
+NUMBERS = 3 * 4 * DEVICES  # bytes of the collective that merges the devices' risks: three numbers of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +151,8 @@ class State(NamedTuple):
 class Method(NamedTuple):
     """``gradient(losses, state, batch, axis_name)`` gives the objective, new stats, the gradient and ``state.method``.
 
-    ``losses(params, x, labels)`` returns those of the examples and new stats; an axis name says that it is called on one
-    of several devices, over which the batch is spread.
+    ``losses(params, x, labels)`` returns those of the examples and new stats. With an axis name it is called on one of
+    several devices, over which the batch is spread.
     """
 
     gradient: Callable[..., tuple[jax.Array, Any, Any, Any]]
@@ -168,7 +169,7 @@ def mean_over(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def sgd(losses, state, batch, axis_name, weights=1):
+def sgd(losses, state, batch, axis_name, weights: Any = 1):
     def mean(params):
         each, stats = losses(params, *batch[:2])
         return jnp.mean(weights * each), stats
@@ -230,13 +231,17 @@ METHODS = {
 }
 
 
-def init(method: Method, problem: Problem) -> State:
+def first_state(method: Method, problem: Problem, devices: int = 1) -> State:
+    """The state before the first step; the statistics of several devices lie side by side."""
     # Copies, because the state of each method is donated.
     params, stats = jax.tree.map(jnp.copy, (problem.params, problem.stats))
+    stats = jax.tree.map(lambda x: jnp.concatenate([x] * devices), stats)
     return State(params, stats, method.optimizer.init(params), method.init(params))
 
 
 def make_step(method: Method, problem: Problem, axis_name: str | None = None) -> Callable[..., State]:
+    """One update; with an axis name, that of one of the devices over which the batch is spread."""
+
     def step(state, *batch):
         losses = lambda params, x, labels: problem.losses(params, state.stats, x, labels)  # noqa: E731
         value, stats, grads, kept = method.gradient(losses, state, batch, axis_name)
@@ -246,27 +251,25 @@ def make_step(method: Method, problem: Problem, axis_name: str | None = None) ->
     return step
 
 
+def on_each_device(step: Callable[..., State], count: int, arguments: int) -> Callable[..., State]:
+    """A data-parallel step: all but the statistics is the same on all devices, the arguments are spread over them."""
+    specs = State(P(), P("data"), P(), P())
+    inputs = (specs, *[P("data")] * arguments)
+    return jax.shard_map(step, mesh=programs.mesh(count), in_specs=inputs, out_specs=specs)
+
+
 # --- results
 
 
 def collectives(options: Options) -> dict[tuple[str, str], list[programs.Collective]]:
     """Those of the data-parallel step, for each model and method."""
-    specs = State(P(), P("data"), P(), P())
     found = {}
     for model in options.models:
         problem = MODELS[model](options)
         for name in options.methods:
-            method = METHODS[name]
-            state = jax.eval_shape(partial(init, method, problem))
-            stats = jax.tree.map(lambda x: jax.ShapeDtypeStruct((DEVICES * len(x), *x.shape[1:]), x.dtype), state.stats)
-            step = jax.shard_map(
-                make_step(method, problem, "data"),
-                mesh=programs.mesh(DEVICES),
-                in_specs=(specs, *[P("data")] * len(problem.batch)),
-                out_specs=specs,
-            )
-            program, _ = programs.compiled(step, state._replace(stats=stats), *problem.batch, donate=0)
-            found[model, name] = programs.collectives(program)
+            step = on_each_device(make_step(METHODS[name], problem, "data"), DEVICES, len(problem.batch))
+            init = partial(first_state, METHODS[name], problem, DEVICES)
+            found[model, name] = programs.collectives(programs.compile_step(step, init, *problem.batch).compiled)
     return found
 
 
@@ -275,32 +278,34 @@ def measure(options: Options) -> list[Record]:
     meetings = programs.on_devices(DEVICES, collectives, options)
     records = []
     with Progress() as progress:
-        for model in progress.track(options.models, description="step cost"):
+        for model in progress.track(options.models, description="cost of a step"):
             problem = MODELS[model](options)
-            costs = {name: cost_of(METHODS[name], problem) for name in options.methods}
-            times, seconds = time_of(options, problem)
-            base, *_ = costs.values()
-            for name, cost in costs.items():
-                median, quartiles = programs.quartiles(times[name])
+            steps = {
+                name: programs.compile_step(
+                    make_step(METHODS[name], problem), partial(first_state, METHODS[name], problem), *problem.batch
+                )
+                for name in options.methods
+            }
+            seconds, ratios = programs.time_ratios(steps, problem.batch, options.rounds, rarely=SLOW)
+            base = cost_of(steps[options.methods[0]])
+            for method, step in steps.items():
+                cost, met = cost_of(step), meetings[model, method]
+                median, quartiles = programs.quartiles(ratios[method])
                 records.append(
                     {
                         "model": f"ResNet-{options.depth}" if model == "ResNet" else model,
-                        "method": name,
-                        "flops_ratio": cost["flops"] / base["flops"],
-                        "bytes_ratio": cost["bytes"] / base["bytes"],
-                        "temporary_bytes_ratio": cost["temporary_bytes"] / base["temporary_bytes"],
+                        "method": method,
+                        **{f"{name}_ratio": cost[name] / base[name] for name in COMPARED},
                         "time_ratio": median,
                         "time_ratio_quartiles": quartiles,
-                        "timings": len(times[name]),
-                        "seconds_of_sgd": seconds,
-                        "compile_seconds": cost["compile_seconds"],
+                        "compile_seconds": step.compile_seconds,
                         "extra_state_bytes": cost["state_bytes"] - base["state_bytes"],
-                        "collectives": len(meetings[model, name]),
-                        "collectives_before_backward": sum(c.before_backward for c in meetings[model, name]),
-                        "collective_bytes": [c.bytes for c in meetings[model, name]],
-                        "flops": cost["flops"],
-                        "bytes": cost["bytes"],
-                        "temporary_bytes": cost["temporary_bytes"],
+                        "collectives": len(met),
+                        "collectives_before_backward": sum(c.before_backward for c in met),
+                        "collective_bytes": [c.bytes for c in met],
+                        **{name: cost[name] for name in COMPARED},
+                        "seconds_of_baseline": seconds,
+                        "timings": len(ratios[method]),
                         "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
                         "batch_size": options.batch_size,
                         "platform": jax.default_backend(),
@@ -309,8 +314,97 @@ def measure(options: Options) -> list[Record]:
     return records
 
 
-def cost_of(method: Method, problem: Problem) -> dict[str, float]:
-    """The compiler's figures."""
-    state = jax.eval_shape(partial(init, method, problem))
-    program, seconds = programs.compiled(make_step(method, problem), state, *problem.batch, donate=0)
-    return programs.figures(program) | {"compile_seconds": seconds, "state_bytes": programs.nbytes(state)}
+def cost_of(step: programs.Program) -> dict[str, float]:
+    return programs.figures(step.compiled) | {"state_bytes": programs.nbytes(jax.eval_shape(step.init))}
+
+
+def targets(records: list[Record]) -> list[tuple[str, str, float, float]]:
+    """Of ABSGD: the model, what is aimed at, the figure and its bound."""
+    rows = []
+    for methods in by_model(records).values():
+        sgd, absgd = methods["SGD"], methods["ABSGD"]
+        slower = 1.02 if absgd["platform"] == "cpu" else 1.01
+        rows += [
+            (absgd["model"], "FLOPs / SGD's", absgd["flops_ratio"], 1.001),
+            (absgd["model"], "bytes accessed / SGD's", absgd["bytes_ratio"], 1.005),
+            (absgd["model"], "time / SGD's, median", absgd["time_ratio"], slower),
+            (absgd["model"], "bytes of state beyond SGD's", absgd["extra_state_bytes"], 16),
+            (absgd["model"], "collectives before the backward pass", absgd["collectives_before_backward"], 0),
+            (absgd["model"], "collectives beyond SGD's", absgd["collectives"] - sgd["collectives"], 1),
+            (
+                absgd["model"],
+                "bytes of collectives beyond SGD's",
+                sum(absgd["collective_bytes"]) - sum(sgd["collective_bytes"]),
+                NUMBERS,
+            ),
+        ]
+    return rows
+
+
+def by_model(records: list[Record]) -> dict[str, dict[str, Record]]:
+    """The records of each model by method."""
+    models: dict[str, dict[str, Record]] = {}
+    for record in records:
+        models.setdefault(record["model"], {})[record["method"]] = record
+    return models
+
+
+def markdown(records: list[Record]) -> str:
+    """The targets and what was measured, then all methods."""
+    aims = [
+        {
+            "ABSGD": aim,
+            "model": model,
+            "target": f"≤ {bound:g}",
+            "measured": f"{value:.6g}",
+            "": "met" if value <= bound else "missed",
+        }
+        for model, aim, value, bound in targets(records)
+    ]
+    rows = []
+    for record in records:
+        before, middle = record["collectives_before_backward"], record["time_ratio"]
+        low, high = record["time_ratio_quartiles"]
+        row = {
+            "model": f"{record['model']}, {record['parameters']:,} parameters",
+            "method": record["method"],
+            "FLOPs": f"{record['flops_ratio']:.4f}",
+            "bytes": f"{record['bytes_ratio']:.4f}",
+            "temporary memory": f"{record['temporary_bytes_ratio']:.4f}",
+            "time (quartiles)": f"{middle:.3f} ({low:.3f} to {high:.3f})",
+            "compiling, s": f"{record['compile_seconds']:.1f}",
+            "extra state, bytes": f"{record['extra_state_bytes']:,}",
+            "collectives (before the backward pass)": f"{record['collectives']} ({before})",
+        }
+        rows.append(row)
+    scalings = "; ".join(
+        f"{model} {m['SGD']['parameters'] / m['SGD']['flops']:.3%}" for model, m in by_model(records).items()
+    )
+    return (
+        f"{table(aims)}\n\nABSGD scales the gradient by a number, which is one FLOP for each parameter. Of "
+        f"SGD's FLOPs that is: {scalings}.\n\n{table(rows)}\n\nRatios to SGD in the same run, batches of "
+        f"{records[0]['batch_size']}. Collectives over {DEVICES} devices."
+    )
+
+
+def figure(records: list[Record], path: Path) -> None:
+    """Time, FLOPs and bytes relative to SGD, a panel for each model."""
+    models = by_model(records)
+    fig, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 3.5), layout="constrained", squeeze=False)
+    for axis, (model, methods) in zip(axes[0], models.items(), strict=True):
+        others = list(methods.values())[1:]
+        for i, (name, label) in enumerate([("time", "time"), ("flops", "FLOPs"), ("bytes", "bytes")]):
+            places = [j + (i - 1) / 4 for j in range(len(others))]
+            axis.barh(places, [other[f"{name}_ratio"] for other in others], 0.22, label=label, color=f"C{i}")
+        axis.set_yticks(range(len(others)), [other["method"] for other in others])
+        axis.invert_yaxis()
+        axis.axvline(1, color="black", lw=1)
+        axis.set_title(model)
+        axis.set_xlabel("relative to SGD")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    publish("step_cost", measure(tyro.cli(Options)), markdown, figure)
