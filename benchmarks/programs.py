@@ -143,33 +143,38 @@ def _result_bytes(line: str) -> int:
 
 
 def time_ratios(
-    alternatives: dict[str, Program], arguments: Sequence[Any], rounds: int, *, rarely: Sequence[str] = ()
+    alternatives: dict[str, Program],
+    arguments: Sequence[Any],
+    rounds: int,
+    *,
+    rarely: Sequence[str] = (),
+    most_seconds: float = float("inf"),
 ) -> tuple[float, dict[str, list[float]]]:
     """Seconds of a step of the first alternative, and the time of each relative to it, round by round.
 
     In each round every alternative runs once, in random order, so that what slows the machine down for longer than a
     round cancels. Those named in ``rarely`` take part in every fourth round only. Steps that are too short to be timed
-    one by one are timed in a loop that is a program of its own.
+    one by one are timed in a loop that is a program of its own. If all rounds of the first alternative would take more
+    than ``most_seconds`` there are fewer, but at least three.
     """
-    rng, first = np.random.default_rng(0), next(iter(alternatives))
+    rng, first, steps = np.random.default_rng(0), next(iter(alternatives)), 1
+    advances = {name: _advance(program, arguments) for name, program in alternatives.items()}
     functions = {name: program.compiled for name, program in alternatives.items()}
-    steps, trial = 1, _running(functions[first], alternatives[first], arguments)
-    trial()
-    if _seconds(trial) < LEAST_SECONDS / 2:
+    advances[first](functions[first])
+    each = _seconds(advances[first], functions[first])
+    if each < LEAST_SECONDS / 2:
         loops = {name: _compiled_loop(program, arguments) for name, program in alternatives.items()}
-        trial = _running(loops[first], alternatives[first], arguments)
-        trial(steps)
-        while _seconds(partial(trial, steps)) < LEAST_SECONDS:
+        advances[first](partial(loops[first], steps))
+        while (each := _seconds(advances[first], partial(loops[first], steps))) < LEAST_SECONDS:
             steps *= 2
         functions = {name: partial(loop, steps) for name, loop in loops.items()}
 
-    running = {name: _running(functions[name], program, arguments) for name, program in alternatives.items()}
     base, ratios = [], {name: [] for name in alternatives}
-    for advance in running.values():
-        advance()
-    for number in range(rounds):
+    for name, advance in advances.items():
+        advance(functions[name])
+    for number in range(max(3, int(min(rounds, most_seconds / each)))):
         names = [name for name in alternatives if name not in rarely or number % 4 == 0]
-        seconds = {name: _seconds(running[name]) for name in rng.permutation(names)}
+        seconds = {name: _seconds(advances[name], functions[name]) for name in rng.permutation(names)}
         base.append(seconds[first] / steps)
         for name in names:
             ratios[name].append(seconds[name] / seconds[first])
@@ -182,13 +187,13 @@ def quartiles(ratios: Sequence[float]) -> tuple[float, list[float]]:
     return float(median), [float(first), float(third)]
 
 
-def _running(function: Callable[..., Any], program: Program, arguments: Sequence[Any]) -> Callable[..., None]:
-    """Goes on from the state that the last call left, and waits for the next one."""
-    state = program.init()
+def _advance(program: Program, arguments: Sequence[Any]) -> Callable[[Callable[..., Any]], None]:
+    """What runs the step, or a loop of steps, on the state that the last call left, and waits for the next one."""
+    state, *arguments = jax.device_put((program.init(), *arguments), program.compiled.input_shardings[0])
 
-    def advance(*number: int) -> None:
+    def advance(function: Callable[..., Any]) -> None:
         nonlocal state
-        state = jax.block_until_ready(function(*number, state, *arguments))
+        state = jax.block_until_ready(function(state, *arguments))
 
     return advance
 
@@ -200,7 +205,7 @@ def _compiled_loop(program: Program, arguments: Sequence[Any]) -> Any:
     return jax.jit(loop, donate_argnums=1).lower(1, jax.eval_shape(program.init), *arguments).compile()
 
 
-def _seconds(function: Callable[[], None]) -> float:
+def _seconds(advance: Callable[[Callable[..., Any]], None], function: Callable[..., Any]) -> float:
     began = time.perf_counter()
-    function()
+    advance(function)
     return time.perf_counter() - began

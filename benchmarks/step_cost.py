@@ -102,15 +102,27 @@ def mlp(options: Options) -> Problem:
     return Problem(losses, layers, None, random_batch(options.batch_size, sizes[0]))
 
 
-def resnet(options: Options) -> Problem:
-    model = ResNet(options.depth, CLASSES, dtype=precision(), rngs=nnx.Rngs(0))
-    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+def network(depth: int, width: int, classes: int) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """The losses of a ResNet, and what makes its parameters and statistics."""
+
+    def make_model():
+        return ResNet(depth, classes, width=width, dtype=precision(), rngs=nnx.Rngs(0))
+
+    def init():
+        return nnx.split(make_model(), nnx.Param, nnx.BatchStat)[1:]
+
+    graphdef, *_ = nnx.split(nnx.eval_shape(make_model), nnx.Param, nnx.BatchStat)
 
     def losses(params, stats, x, labels):
         model = nnx.merge(graphdef, params, stats, copy=True)
         return cross_entropy(model(x, train=True), labels), nnx.state(model, nnx.BatchStat)
 
-    return Problem(losses, params, stats, random_batch(options.batch_size, 32, 32, 3))
+    return losses, init
+
+
+def resnet(options: Options) -> Problem:
+    losses, init = network(options.depth, 16, CLASSES)
+    return Problem(losses, *init(), random_batch(options.batch_size, 32, 32, 3))
 
 
 def transformer(options: Options) -> Problem:
