@@ -74,7 +74,7 @@ class Options:
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of devices."""
     memory_gb: float | None = None
-    """Memory to fill, in 10⁹ bytes; by default 90 % of what the device reports, and 2 where it reports nothing (CPUs)."""
+    """Memory to fill, in 10⁹ bytes; by default 90 % of what the device has, 2 where it does not say (a CPU)."""
     rounds: int = 15
     """Timings of each method."""
     most_seconds: float = 4.0
