@@ -5,7 +5,8 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs build mini clean
+.PHONY: help demo test lint types docs build bench mini clean
+BENCHMARKS := step_cost microbatch kl_dro theorem1 safety published_package scaling
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,6 +29,10 @@ docs: .venv/.dev ## the documentation site, into site/
 
 build: .venv/.dev ## sdist and wheel, into dist/
 	$(BIN)/python -m build
+
+bench: .venv/.bench ## the benchmarks, and their tables in benchmarks/README.md (installs PyTorch, downloads its data)
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit; done
+	$(BIN)/python -m benchmarks.report
 
 mini: .venv/.examples ## CIFAR-10-LT with a small ResNet on the CPU, all methods (an hour; downloads CIFAR-10)
 	$(BIN)/python -m examples.cifar_lt.sweep --preset mini --columns cifar10-lt-100 --out results --data-dir data

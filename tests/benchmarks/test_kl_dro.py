@@ -63,4 +63,26 @@ def test_a_failed_seed_is_counted_and_not_averaged(tmp_path):
     path = records.write("kl_dro", [common | {"seed": i, "gap": gap} for i, gap in enumerate([1, 3, None])], tmp_path)
     assert path.exists()
     lines = kl_dro.markdown(records.read("kl_dro", tmp_path)).splitlines()
-    assert [line for line in lines if line.startswith("| m ")] == ["| m | 2 ± 1, 1 failed |"]
+    assert [line for line in lines if line.startswith("| m ")] == ["| m | 2 (1 to 3), 1 failed |"]
+
+
+def test_the_target_is_missed_by_one_bad_seed():
+    def verdict(ours):
+        return kl_dro.verdict({kl_dro.OURS: {1.0: ours}, kl_dro.SCENT: {1.0: [0.4, 0.3]}})
+
+    assert "0.29 against 0.3: met" in verdict([0.1, 0.29])
+    assert "0.31 against 0.3: missed" in verdict([0.1, 0.31])
+    assert "inf against 0.3: missed" in verdict([0.1, float("inf")])
+
+
+def test_seeds_share_their_batches_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(kl_dro, "EPOCHS", 2)
+    monkeypatch.setattr(kl_dro, "EVERY", 2)
+    x, y, start = (jnp.float32(a) for a in (*problem(), np.zeros(4)))
+    method = kl_dro.METHODS["SOX"]
+    columns = jnp.float32([0.5, 1, 5]), jnp.float32([1e-4, 1e-5, 1e-5]), jnp.float32([0.5, 0.4, 0.8])
+    paths = kl_dro.train_all(method, x, y, start, kl_dro.Run(*columns, jnp.arange(2)))
+    for i in range(3):
+        for seed in range(2):
+            alone = kl_dro.train(method, x, y, start, kl_dro.Run(*(column[i] for column in columns), jnp.int32(seed)))
+            np.testing.assert_allclose(paths[i, seed], alone, rtol=1e-5)
