@@ -98,8 +98,8 @@ def collectives(compiled: Any) -> list[Collective]:
     for i, line in enumerate(lines):
         for inner in _reached(line, bodies):
             if match := re.match(rf".*? {_COLLECTIVE}\(", inner):
-                name = inner.split(" = ")[0].split()[-1]
-                done = next((j for j, other in enumerate(lines) if re.search(rf"-done\({name}\)", other)), i)
+                name = line.split(" = ")[0].split()[-1]
+                done = next((j for j, other in enumerate(lines) if f"-done({name})" in other), i)
                 found.append(Collective(match[1], _result_bytes(inner), max(products, default=-1) >= done))
     return found
 
@@ -120,7 +120,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _reached(line: str, bodies: dict[str, list[str]]) -> list[str]:
     """An instruction and all those in the computations that it calls."""
-    called = re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)", line)
+    called = re.findall(r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?(%[\w.-]+(?:, %[\w.-]+)*)", line)
     names = [name.strip("%") for group in called for name in group.split(", ")]
     return [line, *(inner for name in names for below in bodies.get(name, ()) for inner in _reached(below, bodies))]
 
@@ -133,6 +133,9 @@ def _result_bytes(line: str) -> int:
     result = re.split(rf" {_COLLECTIVE}\(", line)[0]
     bits = {"pred": 8}
     shapes = re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", result)
+    if "-start(" in line and "all-reduce-start(" not in line:  # the operands, the results and perhaps counters
+        shapes = [shape for shape in shapes if shape != ("u", "32", "")]
+        shapes = shapes[len(shapes) // 2 :]
     return sum(
         int(size or bits[kind]) // 8 * int(np.prod([int(n) for n in shape.split(",") if n], dtype=int))
         for kind, size, shape in shapes
