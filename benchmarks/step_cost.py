@@ -217,7 +217,6 @@ def recover_(losses, state, batch, axis_name):
 
 def meta_(losses, state, batch, axis_name):
     x, labels, held_out, held_out_labels = batch
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
 
     def losses_of(params):
         return losses(varying(params, axis_name), x, labels)[0]
@@ -225,8 +224,8 @@ def meta_(losses, state, batch, axis_name):
     def held_out_loss(params):
         return mean_over(jnp.mean(losses(varying(params, axis_name), held_out, held_out_labels)[0]), axis_name)
 
-    # The look-ahead is along the mean over this device's examples, summed over the devices.
-    rate = len(labels) * RATE / devices
+    # The look-ahead is along the sum over the whole batch: that over this device's examples, summed over the devices.
+    rate = len(labels) * RATE
     weights = meta.jamal(losses_of, state.params, held_out_loss, varying(jnp.ones(len(labels)), axis_name), rate)
     return sgd(losses, state, batch, axis_name, weights)
 
