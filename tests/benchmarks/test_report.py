@@ -1,0 +1,91 @@
+"""Records in JSON and the tables drawn from them."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from benchmarks import records, report
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    """Results go to a folder of the test."""
+    monkeypatch.setattr(records, "write", partial(records.write, folder=tmp_path / "results"))
+    monkeypatch.setattr(records, "read", partial(records.read, folder=tmp_path / "results"))
+    monkeypatch.setattr(report, "read", records.read)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["main", "--sizes", "1", "--name", "two words"])
+    return tmp_path / "results"
+
+
+def test_records_come_back_with_what_they_depend_on(folder):
+    path = records.write("speed", [{"λ": 0.1, "value": None}, {"λ": 2, "value": [1, 2.5]}])
+    assert path == folder / "speed.json"
+    assert len(path.read_text().splitlines()) == 4  # a record a line, and the brackets
+    first, second = records.read("speed")
+    assert (first["λ"], first["value"], second["value"]) == (0.1, None, [1, 2.5])
+    for record in (first, second):
+        assert record["command"] == "python -m benchmarks.speed --sizes 1 --name 'two words'"
+        assert record["versions"]["jax"] == jax.__version__
+        assert "CPU" in record["hardware"]
+
+
+def test_there_are_no_records_of_what_was_not_run():
+    assert records.read("speed") == []
+
+
+def test_a_number_that_is_none_is_refused_and_the_last_results_stay(folder):
+    before = records.write("speed", [{"value": 1.0}]).read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        records.write("speed", [{"value": 2.0}, {"value": float("nan")}])
+    assert (folder / "speed.json").read_text() == before
+
+
+def test_table():
+    assert records.table([{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]) == (
+        "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+    )
+
+
+def test_publish_draws_from_the_file(folder, capsys):
+    seen = []
+    records.publish(
+        "speed",
+        [{"pair": (1, 2)}],
+        lambda rows: f"table of {rows[0]['pair']}",  # a list: JSON has no tuples
+        lambda rows, path: seen.append((rows[0]["pair"], path)),
+    )
+    assert seen == [([1, 2], folder / "speed.png")]
+    assert "table of [1, 2]" in capsys.readouterr().out
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    module = SimpleNamespace(__doc__="How fast?\n\nMore.", markdown=lambda rows: f"table of {len(rows)}")
+    monkeypatch.setitem(sys.modules, "benchmarks.speed", module)
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_section(folder):
+    assert report.section("speed", "Speed") == "### Speed\n\nNot run: `python -m benchmarks.speed`."
+    records.write("speed", [{"value": 1}, {"value": 2}])
+    title, question, table, source = report.section("speed", "Speed").split("\n\n")
+    assert (title, question, table) == ("### Speed", "How fast?", "table of 2")
+    assert source.startswith("`python -m benchmarks.speed --sizes 1 --name 'two words'` on ")
+    assert f"jax {jax.__version__}" in source
+    (folder / "speed.png").touch()
+    assert "\n\n![Speed](results/speed.png)\n\n" in report.section("speed", "Speed")
+
+
+def test_every_benchmark_is_in_the_report():
+    files = Path(report.__file__).parent.glob("*.py")
+    assert set(report.BENCHMARKS) == {path.stem for path in files if "publish(" in path.read_text()} - {"records"}
+
+
+def test_the_readme_has_a_place_for_the_report():
+    text = report.README.read_text()
+    assert text.index("<!-- generated -->") < text.index("<!-- /generated -->")
