@@ -93,8 +93,8 @@ class Setting(NamedTuple):
 class Run(NamedTuple):
     """A training run."""
 
-    count: jax.Array  # steps, from which the batches are drawn
-    temperature: jax.Array
+    count: Any  # steps, from which the batches are drawn
+    temperature: Any
     state: State
 
 
@@ -118,7 +118,8 @@ def training(options: Options, setting: Setting, name: str, axis_name: str | Non
     losses, init_network = network(options.depth, options.width, setting.classes)
 
     def init_run(temperature, count):
-        problem = Problem(losses, *init_network(), ())
+        params, stats = init_network()
+        problem = Problem(losses, params, stats, ())
         return Run(count, temperature, first_state(methods(temperature)[name], problem))
 
     def step(run, images, labels):

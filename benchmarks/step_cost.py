@@ -122,7 +122,8 @@ def network(depth: int, width: int, classes: int) -> tuple[Callable[..., Any], C
 
 def resnet(options: Options) -> Problem:
     losses, init = network(options.depth, 16, CLASSES)
-    return Problem(losses, *init(), random_batch(options.batch_size, 32, 32, 3))
+    params, stats = init()
+    return Problem(losses, params, stats, random_batch(options.batch_size, 32, 32, 3))
 
 
 def transformer(options: Options) -> Problem:

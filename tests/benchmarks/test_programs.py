@@ -147,9 +147,9 @@ class Clock:
 def test_ratios_are_those_of_the_times(monkeypatch):
     clock = Clock(monkeypatch)
     alternatives = {"first": clock.program(2.0), "second": clock.program(3.0), "third": clock.program(20.0)}
-    seconds, ratios = programs.time_ratios(alternatives, (), 9, rarely=["third"])
+    seconds, ratios = programs.time_ratios(alternatives, (), 10, rarely=["third"])
     assert seconds == 2
-    assert ratios == {"first": [1] * 9, "second": [1.5] * 9, "third": [10] * 3}  # of rounds 0, 4 and 8
+    assert ratios == {"first": [1] * 10, "second": [1.5] * 10, "third": [10] * 3}  # of rounds 0, 4 and 8
 
 
 def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
