@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 import absgd_jax
 from benchmarks.records import Record, publish, table
+from examples.cifar_lt.errors import UserError
 
 matplotlib.use("Agg")
 
@@ -147,8 +148,15 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """Standardised features with a column of ones, shape (20640, 9), and targets in 100,000 dollars."""
     path = data_dir / "cal_housing.data"
     if not path.is_file():
-        archive = pooch.retrieve(ARCHIVE, SHA256, processor=pooch.Untar(), path=data_dir)
-        path = next(Path(name) for name in archive if name.endswith("cal_housing.data"))
+        try:
+            files = pooch.retrieve(ARCHIVE, SHA256, processor=pooch.Untar(), path=data_dir)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{path} is missing, and {ARCHIVE} could not be downloaded ({reason}). Put it there by hand, or name "
+                "its folder with --data-dir."
+            ) from None
+        path = next(Path(name) for name in files if name.endswith("cal_housing.data"))
     columns = np.loadtxt(path, delimiter=",").T
     longitude, latitude, age, rooms, bedrooms, population, households, income, value = columns
     per_household = rooms / households, bedrooms / households, population / households
@@ -241,8 +249,9 @@ def measure(options: Options) -> list[Record]:
     with Progress() as progress:
         for name, method in progress.track(METHODS.items(), description="KL-DRO"):
             settings = list(zip(TEMPERATURES, method.rates, method.parameters, strict=True))
-            columns = [jnp.asarray(column) for column in zip(*settings, strict=True)]
-            paths = train_all(method, inputs, targets, start, Run(*columns, jnp.arange(options.seeds)))
+            temperatures, rates, parameters = (jnp.asarray(column) for column in zip(*settings, strict=True))
+            runs = Run(temperatures, rates, parameters, jnp.arange(options.seeds))
+            paths = train_all(method, inputs, targets, start, runs)
             for (temperature, rate, parameter), of_temperature in zip(settings, paths, strict=True):
                 for seed, path in enumerate(of_temperature):
                     gaps = [objective(w, x, y, temperature) - best[temperature] for w in path]
@@ -296,7 +305,9 @@ def verdict(found: dict[str, dict[float, list[float]]]) -> str:
     sentences = []
     for temperature, gaps in sorted(found[OURS].items()):
         ours, theirs = max(gaps), min(found[SCENT][temperature])
-        sentences.append(f"λ = {temperature:g}, {ours:.2g} against {theirs:.2g}: {'met' if ours < theirs else 'missed'}")
+        sentences.append(
+            f"λ = {temperature:g}, {ours:.2g} against {theirs:.2g}: {'met' if ours < theirs else 'missed'}"
+        )
     return f"Target, the largest gap of the first below the smallest of SCENT: {'; '.join(sentences)}."
 
 
@@ -321,4 +332,4 @@ def figure(records: list[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    publish("kl_dro", measure(tyro.cli(Options)), markdown, figure)
+    publish("kl_dro", partial(measure, tyro.cli(Options)), markdown, figure)

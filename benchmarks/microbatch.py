@@ -29,6 +29,7 @@ from rich.progress import Progress
 import absgd_jax
 from benchmarks import programs
 from benchmarks.records import Record, publish, table
+from examples.cifar_lt.errors import UserError
 
 matplotlib.use("Agg")
 
@@ -189,6 +190,11 @@ def overhead(options: Options, number: int) -> Record:
 
 def measure(options: Options) -> list[Record]:
     """A record for each number of devices and micro-batches; times on one device."""
+    if 1 not in options.devices or len(options.microbatches) < 2:
+        raise UserError(
+            f"--devices {options.devices} --microbatches {options.microbatches}: 1 device and two numbers of "
+            "micro-batches are needed, to compare with."
+        )
     here = tuple(count for count in options.devices if count <= jax.device_count())
     elsewhere = tuple(count for count in options.devices if count not in here)
     records = exactness(dataclasses.replace(options, devices=here))
@@ -278,4 +284,4 @@ def figure(records: list[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    publish("microbatch", measure(tyro.cli(Options)), markdown, figure)
+    publish("microbatch", partial(measure, tyro.cli(Options)), markdown, figure)

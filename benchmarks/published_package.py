@@ -1,6 +1,6 @@
 """Does it replace the published package? The same ResNet, weights and batches through both: agreement, then speed.
 
-python -m benchmarks.published_package --data-dir data   # needs torch and `pip install --no-deps absgd==0.0.1`
+python -m benchmarks.published_package --data-dir data   # needs `pip install absgd==0.0.1 torch`
 
 CIFAR-10 without augmentation, λ = 1, γ = 0.9, learning rate 0.1, momentum 0.9, weight decay 5e-4. At ABLoss(mylambda=1,
 abgamma=0.9, abalpha=1), after one updateLambda(), and ABSGD(lr=0.1, weight_decay=5e-4) the package is Algorithm 1 from
@@ -18,6 +18,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +28,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import tyro
 from absgd import losses as published_losses, optimizers as published_optimizers  # pyright: ignore
 from flax import nnx
 from rich.progress import track
-from torch import nn
-from torch.nn import functional
+from torch import nn  # pyright: ignore[reportMissingImports]
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 import absgd_jax
 from benchmarks.records import Record, publish, table
@@ -481,4 +482,4 @@ def figure(records: list[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    publish("published_package", measure(tyro.cli(Options)), markdown, figure)
+    publish("published_package", partial(measure, tyro.cli(Options)), markdown, figure)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.cifar_lt.errors import UserError
 from examples.environment import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,12 +34,15 @@ def read(name: str, folder: Path = RESULTS) -> list[Record]:
 
 def publish(
     name: str,
-    records: Sequence[Record],
+    measure: Callable[[], Sequence[Record]],
     markdown: Callable[[list[Record]], str],
     figure: Callable[[list[Record], Path], None],
 ) -> None:
-    """Writes the JSON and the plot of a benchmark and prints its table, both drawn from the file."""
-    path = write(name, records)
+    """Measures, writes the JSON and the plot of a benchmark and prints its table, both drawn from the file."""
+    try:
+        path = write(name, measure())
+    except (UserError, OSError) as error:
+        sys.exit(str(error))
     figure(read(name), path.with_suffix(".png"))
     print(f"{markdown(read(name))}\n\nWrote {path} and {path.with_suffix('.png')}.")
 

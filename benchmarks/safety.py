@@ -1,6 +1,6 @@
 """Is it numerically safe? Algorithm 1 on hostile losses, against 60-digit arithmetic and beside the published package.
 
-python -m benchmarks.safety   # the other side needs torch and `pip install --no-deps absgd==0.0.1`
+python -m benchmarks.safety   # the other side needs `pip install absgd==0.0.1 torch`
 
 A case is two ordinary batches, hostile ones, and 50 ordinary ones, in which s = 0.1 s + 0.9 g̃ forgets 115 λ of loss. A
 batch without an answer (NaN, +inf at λ > 0) is to be left out: the batches around it have to be right. A case recovers
@@ -228,7 +228,7 @@ def published(case: Case) -> np.ndarray | None:
     """p̃ of the published package, shape (1, T, B); None where it has no way to say what the case needs."""
     if case.masked:
         return None
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from absgd.losses import ABLoss  # pyright: ignore[reportMissingImports]
 
     # With a criterion that returns its input the gradient of the loss by the losses is p̃/B.
@@ -329,4 +329,4 @@ def figure(records: list[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    publish("safety", measure(tyro.cli(Options)), markdown, figure)
+    publish("safety", partial(measure, tyro.cli(Options)), markdown, figure)

@@ -41,6 +41,7 @@ from benchmarks.step_cost import (
     sgd,
 )
 from examples.cifar_lt.augment import normalise
+from examples.cifar_lt.errors import UserError
 
 matplotlib.use("Agg")
 
@@ -230,6 +231,8 @@ def measure(options: Options) -> list[Record]:
                 records += programs.on_devices(max(options.devices), over_devices, options)
             else:
                 records += grow(options, name)
+    if not any("time_ratio" in record for record in records):
+        raise UserError(f"Nothing fits into {memory(options):.3g} bytes; give more with --memory-gb.")
     return records
 
 
@@ -332,4 +335,4 @@ def figure(records: list[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    publish("scaling", measure(tyro.cli(Options)), markdown, figure)
+    publish("scaling", partial(measure, tyro.cli(Options)), markdown, figure)

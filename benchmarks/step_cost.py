@@ -419,4 +419,4 @@ def figure(records: list[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    publish("step_cost", measure(tyro.cli(Options)), markdown, figure)
+    publish("step_cost", partial(measure, tyro.cli(Options)), markdown, figure)

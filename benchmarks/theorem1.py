@@ -177,4 +177,4 @@ def figure(records: list[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    publish("theorem1", measure(tyro.cli(Options)), markdown, figure)
+    publish("theorem1", partial(measure, tyro.cli(Options)), markdown, figure)

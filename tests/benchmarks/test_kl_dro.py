@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from benchmarks import kl_dro, records
+from examples.cifar_lt.errors import UserError
 
 
 def problem(n=250, d=3):
@@ -31,6 +32,15 @@ def test_the_features_are_those_of_scikit_learn(tmp_path):
     assert y.tolist() == [4.526, 0.9]
     # income, age, rooms, bedrooms, population, occupancy, latitude, longitude, of which two blocks make 1 and -1
     np.testing.assert_allclose(x[0], [1, 1, 1, 1, -1, -1, 1, -1, 1])
+
+
+def test_missing_data_are_named(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network\nand a long story")
+
+    monkeypatch.setattr(kl_dro.pooch, "retrieve", offline)
+    with pytest.raises(UserError, match=r"cal_housing.data is missing, .* \(no network\).*--data-dir"):
+        kl_dro.load(tmp_path)
 
 
 def test_umax_is_that_of_its_authors():

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import microbatch, programs
 from benchmarks.microbatch import ROUNDING, TEMPERATURE, Options
+from examples.cifar_lt.errors import UserError
 from tests.reference import entropic_risk
 
 SMALL = Options(batch_size=64, layers=1, width=8, microbatches=(1, 4), devices=(1, 4), rounds=3)
@@ -133,3 +134,9 @@ def test_table_and_figure(tmp_path):
     assert "| 8 | 4 | 1.0e-07 | 1.0e-06 | 3.0e-01 | 2.0 | – | – |" in lines
     microbatch.figure(records, tmp_path / "microbatch.png")
     assert (tmp_path / "microbatch.png").stat().st_size > 0
+
+
+def test_something_to_compare_with_is_needed():
+    for options in (microbatch.Options(devices=(2,)), microbatch.Options(microbatches=(4,))):
+        with pytest.raises(UserError, match="to compare with"):
+            microbatch.measure(options)

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from benchmarks import records, report
+from examples.cifar_lt.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +56,21 @@ def test_publish_draws_from_the_file(folder, capsys):
     seen = []
     records.publish(
         "speed",
-        [{"pair": (1, 2)}],
+        lambda: [{"pair": (1, 2)}],
         lambda rows: f"table of {rows[0]['pair']}",  # a list: JSON has no tuples
         lambda rows, path: seen.append((rows[0]["pair"], path)),
     )
     assert seen == [([1, 2], folder / "speed.png")]
     assert "table of [1, 2]" in capsys.readouterr().out
+
+
+def test_what_the_user_can_mend_is_said_without_a_traceback(folder):
+    def measure():
+        raise UserError("data has no such file")
+
+    with pytest.raises(SystemExit, match="data has no such file"):
+        records.publish("speed", measure, str, lambda rows, path: None)
+    assert not folder.exists()
 
 
 @pytest.fixture

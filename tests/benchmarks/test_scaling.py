@@ -14,6 +14,7 @@ import pytest
 from benchmarks import programs, scaling
 from benchmarks.programs import Program
 from benchmarks.scaling import Options, Setting
+from examples.cifar_lt.errors import UserError
 
 SMALL = Options(batch_size=4, rounds=3, memory_gb=1.0)
 
@@ -136,6 +137,11 @@ def test_devices_are_weighed_together(monkeypatch):
     assert (record["sweep"], record["devices"], record["batch_size"]) == ("devices", 2, 4)
     assert record["images_per_second"] == 2 * 4 / 0.5
     assert (record["time_ratio"], record["time_ratio_quartiles"]) == (1.25, [1.125, 1.375])
+
+
+def test_what_fits_nowhere_is_said():
+    with pytest.raises(UserError, match="--memory-gb"):
+        scaling.measure(dataclasses.replace(SMALL, memory_gb=1e-6, sweeps=("examples",)))
 
 
 def test_memory(monkeypatch):
