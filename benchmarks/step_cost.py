@@ -55,10 +55,12 @@ class Options:
     """Units of the MLP's two hidden layers."""
     embedding: int = 896
     """Channels of the transformer block, which has 12 times their square of parameters."""
-    tokens: int = 16
+    tokens: int = 8
     """Length of the transformer's sequences."""
-    rounds: int = 40
-    """Timings of each method; a quarter of them for RECOVER and META."""
+    rounds: int = 200
+    """Timings of each method at most; a quarter of them for RECOVER and META."""
+    most_seconds: float = 20.0
+    """Fewer timings, but at least three, where those of SGD would take longer."""
 
 
 # --- networks
@@ -298,7 +300,9 @@ def measure(options: Options) -> list[Record]:
                 )
                 for name in options.methods
             }
-            seconds, ratios = programs.time_ratios(steps, problem.batch, options.rounds, rarely=SLOW)
+            seconds, ratios = programs.time_ratios(
+                steps, problem.batch, options.rounds, rarely=SLOW, most_seconds=options.most_seconds
+            )
             base = cost_of(steps[options.methods[0]])
             for method, step in steps.items():
                 cost, met = cost_of(step), meetings[model, method]

@@ -20,7 +20,7 @@ def losses_of(params, x, labels):
     *hidden, last = (np.asarray(kernel, float) for kernel in params)
     x = x.astype(float)
     for kernel in hidden:
-        x = np.maximum(x @ kernel, 0)
+        x = np.tanh(x @ kernel)
     logits = x @ last
     return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
 
@@ -100,7 +100,7 @@ def test_memory_falls_where_activations_dominate():
 
 def record(devices, number, **changes):
     errors = {"risk_error": 1e-7, "gradient_error": 1e-6, "averaging_error": 0.3, "temporary_bytes": 8e6 / number}
-    sizes = {"batch_size": 64, "layers": 2, "width": 8}
+    sizes = {"batch_size": 64, "layers": 2, "width": 8, "gradient_bytes": 1e6}
     times = {"time_ratio": 1.01, "time_ratio_quartiles": [0.99, 1.03], "plain_temporary_bytes": 4e6}
     return {"devices": devices, "microbatches": number} | errors | sizes | (times if devices == 1 else {}) | changes
 
@@ -111,7 +111,7 @@ def record(devices, number, **changes):
         (0, {}, None),
         (3, {"risk_error": 1.1e-5}, "largest relative error of the risk"),
         (2, {"gradient_error": 2e-5}, "largest relative error of the gradient"),
-        (3, {"temporary_bytes": 8e6}, "memory after / before doubling the micro-batches, largest"),
+        (3, {"temporary_bytes": 8e6}, "memory after / before doubling the micro-batches, until gradients are all of it"),
         (1, {"time_ratio": 1.021}, "time / plain accumulation, 2 micro-batches"),
     ],
 )
@@ -125,6 +125,11 @@ def test_targets_are_met_or_missed(place, change, missed):
     assert len(verdicts) == 5
     assert {aim for aim, verdict in verdicts.items() if verdict == "missed"} == ({missed} if missed else set())
     assert set(verdicts.values()) <= {"met", "missed"}
+
+
+def test_memory_need_not_fall_below_that_of_the_gradients():
+    records = [record(1, number, temporary_bytes=1e6) for number in (2, 4)]
+    assert "missed" not in microbatch.markdown([record(1, 1), *records])
 
 
 def test_table_and_figure(tmp_path):
