@@ -134,7 +134,6 @@ METHODS = {
     # What makes the difference?
     "ABSGD, γ falls with the rate": Method(absgd(falling), (1e-5, 5e-6, 1e-5)),
     "ABSGD, γ = 0.1": Method(absgd(constant), (1e-5, 5e-6, 1e-5), (0.1,) * 3),
-    "ABSGD, log α = -4": Method(absgd(scent), (1e-5, 5e-6, 1e-5), (-4.0,) * 3),
     "SCENT with Adam": Method(absgd(scent, adam), (3e-3,) * 3, (-22.0, -4.0, -1.1)),
     "ABSGD with Adam, γ = 0.1": Method(absgd(constant, adam), (3e-3,) * 3, (0.1,) * 3),
     "mini-batch softmax with Adam": Method(absgd(constant, adam), (3e-3,) * 3, (1.0,) * 3),

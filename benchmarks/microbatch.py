@@ -51,7 +51,7 @@ class Options:
     """Numbers of micro-batches; on several devices each device takes as many."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of devices."""
-    rounds: int = 60
+    rounds: int = 40
     """Timings of each number of micro-batches."""
 
 

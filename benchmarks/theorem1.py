@@ -39,7 +39,7 @@ class Options:
 
     seeds: int = 20
     """Number of seeds, trained together."""
-    doublings: int = 9
+    doublings: int = 8
     """The longest runs have 256 x 2^doublings steps."""
 
 

@@ -7,7 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("*.md"))]
+PROSE = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    *sorted(page for folder in ("benchmarks", "examples") for page in (ROOT / folder).rglob("*.md")),
+]
 
 
 def name_of(path):

@@ -111,7 +111,11 @@ def record(devices, number, **changes):
         (0, {}, None),
         (3, {"risk_error": 1.1e-5}, "largest relative error of the risk"),
         (2, {"gradient_error": 2e-5}, "largest relative error of the gradient"),
-        (3, {"temporary_bytes": 8e6}, "memory after / before doubling the micro-batches, until gradients are all of it"),
+        (
+            3,
+            {"temporary_bytes": 8e6},
+            "memory after / before doubling the micro-batches, until gradients are all of it",
+        ),
         (1, {"time_ratio": 1.021}, "time / plain accumulation, 2 micro-batches"),
     ],
 )
