@@ -4,8 +4,9 @@ python -m benchmarks.scaling
 
 SGD and ABSGD train a small ResNet on random images that live on the device, each batch drawn from them. One number is
 increased, 4 times or more, until the next program would need more memory than there is (the compiler says what it needs
-before anything is allocated) or a step more than half a second. Devices are real ones where there are as many, otherwise the CPU split into them, in a
-process of its own, where they share its cores. From the times follows, by arithmetic, what 256 devices would need.
+before anything is allocated) or a step takes long. Devices are real ones where there are as many, otherwise the CPU
+split into them, in a process of its own, where they share its cores. From the times follows, by arithmetic, what 256
+devices would need.
 """
 
 import dataclasses
