@@ -281,6 +281,9 @@ def figure(records: list[Record], path: Path) -> None:
     axes[1].legend(frameon=False)
     for axis in axes:
         axis.set_xlabel("micro-batches")
+        numbers = sorted({record["microbatches"] for record in records})
+        axis.set_xticks(numbers, [str(number) for number in numbers])
+        axis.minorticks_off()
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

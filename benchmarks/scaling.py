@@ -21,6 +21,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import tyro
 from jax.sharding import PartitionSpec as P
+from matplotlib.ticker import EngFormatter
 from rich.progress import Progress
 
 import absgd_jax
@@ -321,15 +322,19 @@ def figure(records: list[Record], path: Path) -> None:
     """Images/s above, the time of ABSGD relative to SGD below, against each number that was varied."""
     timed = [record for record in records if "time_ratio" in record]
     names = list(dict.fromkeys(record["sweep"] for record in timed))
-    fig, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 5), layout="constrained", squeeze=False)
+    size, layout = (3 * len(names), 5), "constrained"
+    fig, axes = plt.subplots(2, len(names), figsize=size, layout=layout, squeeze=False, sharex="col", sharey="row")
     for name, (above, below) in zip(names, axes.T, strict=True):
         chosen = [record for record in timed if record["sweep"] == name]
         values = [record[name] for record in chosen]
-        above.loglog(values, [record["images_per_second"] for record in chosen], marker="o")
+        above.semilogx(values, [record["images_per_second"] for record in chosen], marker="o")
         below.semilogx(values, [record["time_ratio"] for record in chosen], marker="o")
         below.fill_between(values, *zip(*(r["time_ratio_quartiles"] for r in chosen), strict=True), alpha=0.3)
         below.axhline(1, color="black", lw=1)
         below.set_xlabel(TITLES[name])
+        below.set_xticks(values, [EngFormatter(places=0, sep="")(value) for value in values])
+        below.minorticks_off()
+    axes[0][0].set_ylim(0)
     axes[0][0].set_ylabel("images/s")
     axes[1][0].set_ylabel("time of ABSGD / SGD")
     fig.savefig(path, dpi=110)
