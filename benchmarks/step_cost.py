@@ -59,7 +59,7 @@ class Options:
     """Length of the transformer's sequences."""
     rounds: int = 200
     """Timings of each method at most; a quarter of them for RECOVER and META."""
-    most_seconds: float = 20.0
+    most_seconds: float = 15.0
     """Fewer timings, but at least three, where those of SGD would take longer."""
 
 
