@@ -205,7 +205,7 @@ def to_torch(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torc
 def make_loop(network: nn.Module, criterion: Any = None) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """A step as the package's users write it."""
     criterion = criterion or nn.CrossEntropyLoss(reduction="none")
-    risk = published_losses.ABLoss(mylambda=TEMPERATURE, criterion=criterion, abgamma=GAMMA, abalpha=1)
+    risk: Any = published_losses.ABLoss(mylambda=TEMPERATURE, criterion=criterion, abgamma=GAMMA, abalpha=1)
     risk.updateLambda()  # or it is plain SGD
     optimizer = published_optimizers.ABSGD(network.parameters(), lr=RATE, weight_decay=DECAY)
 

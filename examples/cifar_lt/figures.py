@@ -169,8 +169,8 @@ def gains(rows: Sequence[Row], path: Path) -> bool:
     kinds = {"ABSGD and its variants": ("#0072B2", "o"), "other methods": ("#D55E00", "s")}
     for kind, (colour, mark) in kinds.items():
         places = [i for i, row in enumerate(shown) if row.name.startswith("ABSGD") == (kind != "other methods")]
-        means = [np.mean(shown[i].gains) for i in places]
-        errors = [np.std(shown[i].gains, ddof=1) if len(shown[i].gains) > 1 else 0 for i in places]
+        means = [float(np.mean(shown[i].gains)) for i in places]
+        errors = [float(np.std(shown[i].gains, ddof=1)) if len(shown[i].gains) > 1 else 0.0 for i in places]
         if places:
             axis.errorbar(means, places, xerr=errors, color=colour, marker=mark, ls="none", ms=5, lw=1.2, label=kind)
     axis.axvline(0, color="#666666", lw=1)
