@@ -9,7 +9,7 @@ import optax
 
 from absgd_jax import losses
 
-NAMES = ("ce", "focal", "ldam", "balanced-softmax", "logit-adjustment")
+NAMES = ("ce", "focal", "ldam", "logit-adjustment")
 
 
 def make_objective(class_counts: np.ndarray) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -23,7 +23,6 @@ def make_objective(class_counts: np.ndarray) -> Callable[[jax.Array, jax.Array, 
         optax.softmax_cross_entropy_with_integer_labels,
         losses.focal,
         lambda logits, labels: losses.ldam(logits, labels, counts),
-        lambda logits, labels: losses.balanced_softmax(logits, labels, counts),
         lambda logits, labels: losses.logit_adjustment(logits, labels, counts),
     )
     return lambda index, logits, labels: jax.lax.switch(index, branches, logits, labels)
@@ -31,7 +30,8 @@ def make_objective(class_counts: np.ndarray) -> Callable[[jax.Array, jax.Array, 
 
 def index_of(loss: str) -> int:
     """The index of a loss; the prefix ``cb-`` says something about the class weights only."""
-    return NAMES.index(loss.removeprefix("cb-"))
+    # At τ = 1 the balanced softmax is the logit adjustment.
+    return NAMES.index(loss.removeprefix("cb-").replace("balanced-softmax", "logit-adjustment"))
 
 
 def class_weights(loss: str, class_counts: np.ndarray) -> np.ndarray:

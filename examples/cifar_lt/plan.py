@@ -1,6 +1,7 @@
 """Which runs have which epochs in common: a run is a chain of segments, and equal segments are trained once.
 
-All runs of one seed and loss have the first stage in common, whatever λ they have in the second.
+All runs of one seed and loss have the first stage in common, whatever λ they have in the second. The balanced softmax
+and the logit adjustment (at τ = 1) are one loss by two names, so their runs have everything in common.
 """
 
 import dataclasses
@@ -57,7 +58,11 @@ def segments(configs: Iterable[Config]) -> dict[Config, Segment]:
         earlier = max((cut for cut in cuts if 0 < cut < until), default=0)
         return Segment(config, earlier, until, segment(config, earlier) if earlier else None)
 
-    return {config: segment(config, config.epochs) for config in configs}
+    return {config: segment(_renamed(config), config.epochs) for config in configs}
+
+
+def _renamed(config: Config) -> Config:
+    return dataclasses.replace(config, loss="balanced-softmax") if config.loss == "logit-adjustment" else config
 
 
 def chain(segment: Segment | None) -> Iterator[Segment]:

@@ -66,7 +66,6 @@ def run(
     unfinished = [ends[config] for config, path in results.items() if not path.exists()]
     chunks = plan.together(unfinished, kind, runs_together)
     total = sum((s.until - s.first) for chunk in chunks for s in chunk)
-    of_segment = {segment: config for config, segment in ends.items()}
     with Progress(*COLUMNS, console=console) as progress:
         task = progress.add_task("epochs", total=total, shown="")
         for chunk in chunks:
@@ -74,10 +73,9 @@ def run(
                 _train(chunk, work, progress, task, deadline)
             else:
                 progress.advance(task, sum(s.until - s.first for s in chunk))
-            for segment in chunk:
-                config = of_segment.get(segment)
-                if config is not None and not results[config].exists():
-                    _finish(segment, work, results[config], command(config))
+            for config, segment in ends.items():
+                if segment in chunk and not results[config].exists():
+                    _finish(config, segment, work, results[config], command(config))
     return {config: json.loads(path.read_text()) for config, path in results.items()}
 
 
@@ -156,9 +154,9 @@ def _finite_json(line: dict[str, Any]) -> dict[str, Any]:
     return {k: [jsonable(x) for x in v] if isinstance(v, list) else v for k, v in line.items()}
 
 
-def _finish(segment: Segment, work: Path, path: Path, command: str) -> None:
+def _finish(config: Config, segment: Segment, work: Path, path: Path, command: str) -> None:
     """Writes a run's result, of the metrics of all its segments."""
-    config, lines = segment.config, []
+    lines = []
     for part in plan.chain(segment):
         lines += checkpoint.finished_metrics(work / part.name)
     trained = [line for line in lines if "loss" in line]

@@ -94,6 +94,9 @@ def test_every_method_trains_and_stops_and_goes_on(packed, tmp_path):
         assert by_name[name]["loss_by_epoch"][4] != sgd["loss_by_epoch"][4]
     assert by_name["absgd-one-stage-ce-t1-s0"]["ess_by_epoch"][0] < 0.99
     assert by_name["resample-ce-s0"]["loss_by_epoch"][0] != first_stage[0]
+    balanced, adjusted = (by_name[f"sgd-{loss}-s0"] for loss in ("balanced-softmax", "logit-adjustment"))
+    assert adjusted["per_class"] == balanced["per_class"]
+    assert adjusted["loss_by_epoch"] == balanced["loss_by_epoch"] != sgd["loss_by_epoch"]
     features = np.load(tmp_path / "results" / "sgd-ce-s0-features.npz")
     assert features["features"].shape == (297, 16)
     assert np.bincount(features["labels"], minlength=10).min() > 20
@@ -105,6 +108,7 @@ def test_what_runs_have_in_common_is_trained_once():
     configs += [dataclasses.replace(paper, loss="cb-ce"), dataclasses.replace(paper, classifier="crt")]
     configs += [dataclasses.replace(paper, temperature=1.0, start=0)]
     configs += [dataclasses.replace(paper, temperature=1.0, start=100)]
+    configs += [dataclasses.replace(paper, loss=loss) for loss in ("balanced-softmax", "logit-adjustment")]
     ends = plan.segments(configs)
     assert set(ends) == set(configs)
     for config, end in ends.items():
@@ -114,8 +118,8 @@ def test_what_runs_have_in_common_is_trained_once():
         assert all(a.until == b.first for a, b in itertools.pairwise(parts))
     every = {segment for end in ends.values() for segment in plan.chain(end)}
     # Both seeds: 160 epochs, and from there 40 for each of SGD, λ = 1, λ = 10; seed 0 also for the class weights. The
-    # classifier needs none. λ = 1 from epoch 100 has 100 of its own, from epoch 0 all 200.
-    assert sum(s.until - s.first for s in every) == 2 * 160 + 7 * 40 + 100 + 200
+    # classifier needs none. λ = 1 from epoch 100 has 100 of its own, from epoch 0 all 200. Two losses are one.
+    assert sum(s.until - s.first for s in every) == 2 * 160 + 7 * 40 + 100 + 200 + 200
     for at_most in (1, 3, 64):
         groups = plan.together(ends.values(), lambda s: s.config.classifier, at_most)
         done = {None}
