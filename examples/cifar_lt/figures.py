@@ -60,6 +60,11 @@ def find(rows: Sequence[Row], method: str, loss: str = "ce") -> list[Row]:
     return [r for r in rows if (r.method, r.loss) == (method, loss) and r.cells and r.chosen is not False]
 
 
+def is_balanced(cell: dict[str, Any]) -> bool:
+    """Whether all classes are as frequent, up to what wrong labels do to their numbers."""
+    return cell["config"].get("ratio") == 1
+
+
 def label(row: Row) -> str:
     return row.name + (f", {row.strength}" if row.strength.symbol else "")
 
@@ -72,7 +77,7 @@ def per_class(rows: Sequence[Row], path: Path) -> bool:
         return False
     counts = np.array(shown[0][0].cells[0]["class_counts"])
     order = np.array_split(np.argsort(-counts, kind="stable"), min(GROUPS, len(counts)))
-    ends = order if len(set(counts)) == 1 else [counts[g] for g in order]  # classes alike have but their numbers
+    ends = order if is_balanced(shown[0][0].cells[0]) else [counts[g] for g in order]
     ticks = [f"{g[0]}" if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in ends]
 
     def by_group(cell) -> np.ndarray:
@@ -228,8 +233,10 @@ def tsne(rows: Sequence[Row], path: Path) -> bool:
         axis.spines[:].set(visible=True, color="#AAAAAA")
     assert points is not None
     of = f" ({len(ranks)} of {len(order)} classes)" if len(ranks) < len(order) else ""
-    bar = fig.colorbar(points, ax=axes, ticks=range(len(ranks)), label=f"training images of the class{of}")
-    bar.ax.set_yticklabels([str(pair[0][0].cells[0]["class_counts"][order[r]]) for r in ranks])
+    cell = pair[0][0].cells[0]
+    what = "class" if is_balanced(cell) else "training images of the class"
+    bar = fig.colorbar(points, ax=axes, ticks=range(len(ranks)), label=f"{what}{of}")
+    bar.ax.set_yticklabels([str(order[r] if is_balanced(cell) else cell["class_counts"][order[r]]) for r in ranks])
     bar.ax.invert_yaxis()
     fig.savefig(path, dpi=110)
     return True

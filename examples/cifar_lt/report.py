@@ -176,7 +176,12 @@ def against(values: Sequence[float], reference: float) -> tuple[float, bool | No
 
 
 def groups(cells: Sequence[Cell]) -> list[str]:
-    """Many, medium and few where the data have all of them, else head and tail: one division is enough for a table."""
+    """Many, medium and few where the data have all of them, else head and tail: one division is enough for a table.
+
+    Where all classes are as frequent there is none.
+    """
+    if figures.is_balanced(cells[0]):
+        return []
     present = [[name for name in names if name in cells[0]] for names in (("many", "medium", "few"), ("head", "tail"))]
     return present[0] if len(present[0]) == 3 or not present[1] else present[1]
 
@@ -207,7 +212,7 @@ def table(column: str, everything: Sequence[Row]) -> list[dict[str, str]]:
             "loss": row.loss,
             "λ or ρ": "λ = ∞" if row.method.startswith("sgd") else f"{row.strength}{how}",
             "top-1": spread(row.top1),
-            " / ".join(names): " / ".join(f"{mean:.1f}" for mean in means),
+            **({" / ".join(names): " / ".join(f"{mean:.1f}" for mean in means)} if names else {}),
             "gain over SGD": "" if row.method == "sgd" else spread(row.gains, "+.2f") + pairs,
             "paper": f"{reference['top1']:.2f}" if reference else "–",
         }
@@ -276,6 +281,7 @@ def legend(cells: Sequence[Cell]) -> str:
         part = max(cell["config"].get("validation", 0) for cell in validated)
         where = "held out from these runs" if any(map(is_tested, validated)) else "in runs that are not shown"
         lines += [f"λ and ρ: chosen by accuracy on {part:.0%} of each class, set apart before the imbalance, {where}."]
+        lines += ["No label there is wrong."]
     lines += ["“Best λ on test” chooses by the test accuracy itself, as the paper did: too high by construction."]
     if {cell["preset"] for cell in cells} != {"paper"}:
         lines += ["The paper's numbers are for reference only: they are of another network and more data."]
@@ -285,7 +291,8 @@ def legend(cells: Sequence[Cell]) -> str:
 def terminal(column: str, texts: Sequence[dict[str, str]]) -> Table:
     """What fits 80 columns of a terminal."""
     shown = Table(title=column, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headings = [*list(texts[0])[2:6], "seeds"]
+    first, last = list(texts[0]).index("λ or ρ"), list(texts[0]).index("paper")
+    headings = [*list(texts[0])[first:last], "seeds"]
     shown.add_column("method", overflow="fold")
     for heading in headings:
         shown.add_column(heading.replace(" / ", " /\n"), justify="right", no_wrap=heading != "λ or ρ")

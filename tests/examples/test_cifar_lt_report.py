@@ -30,7 +30,7 @@ def cell(method="sgd", loss="ce", strength: Any = "inf", seed=0, top1: Any = 70.
         "ess_by_epoch": [1.0] * 8 + [0.5, 0.4], "loss_by_epoch": [*(2 / epochs + floor)],
         "temperature_by_epoch": ["inf"] * 8 + [strength] * 2, "top1_by_epoch": [[e, 40 + 3.0 * e] for e in (5, 10)],
         "seconds": 100.0, "compile_seconds": 5.0, "hardware": "2 CPU cores", "versions": {"jax": "0.8.2"},
-        "command": "", "config": {"validation": 0.0}, **more,
+        "command": "", "config": {"validation": 0.0, "ratio": 100.0}, **more,
     }  # fmt: skip
 
 
@@ -167,9 +167,22 @@ def test_a_family_that_was_only_tuned_without_validation_is_not_run():
 
 
 def test_the_groups_of_the_table():
-    assert groups([{"many": 1, "medium": 1, "few": 1, "head": 1, "tail": 1}]) == ["many", "medium", "few"]
-    assert groups([{"many": 1, "medium": 1, "head": 1, "tail": 1}]) == ["head", "tail"]
-    assert groups([{"many": 1, "medium": 1}]) == ["many", "medium"]
+    def of(*present, ratio=100.0):
+        return groups([{"config": {"ratio": ratio}} | dict.fromkeys(present, 1)])
+
+    assert of("many", "medium", "few", "head", "tail") == ["many", "medium", "few"]
+    assert of("many", "medium", "head", "tail") == ["head", "tail"]
+    assert of("many", "medium") == ["many", "medium"]
+    assert of("many", "head", "tail", ratio=1.0) == []
+
+
+def test_balanced_classes_have_no_groups():
+    name = "cifar10-lt-1-sym0.4"
+    cells = [c | {"column": name, "config": {"validation": 0.1, "ratio": 1.0}} for c in study()]
+    headings = list(table(name, rows(cells))[0])
+    assert headings[2:5] == ["λ or ρ", "top-1", "gain over SGD"]
+    shown = report.terminal(name, table(name, rows(cells)))
+    assert [c.header for c in shown.columns] == ["method", "λ or ρ", "top-1", "gain over SGD", "seeds"]
 
 
 def test_the_command_writes_tables_figures_and_the_readme(tmp_path, capsys):
