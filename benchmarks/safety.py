@@ -232,7 +232,8 @@ def published(case: Case) -> np.ndarray | None:
     from absgd.losses import ABLoss  # pyright: ignore[reportMissingImports]
 
     # With a criterion that returns its input the gradient of the loss by the losses is p̃/B.
-    criterion: Any = ABLoss(1.0, criterion=lambda losses, _: losses, abgamma=case.gamma, abalpha=1)
+    loss: Any = ABLoss  # it is annotated as if it took cross entropy only
+    criterion = loss(1.0, criterion=lambda losses, _: losses, abgamma=case.gamma, abalpha=1)
     dtype = torch.bfloat16 if case.losses.dtype == jnp.bfloat16 else torch.float32
     weights = []
     for values, temperature in zip(case.losses.astype(np.float32), case.temperatures.tolist(), strict=True):
