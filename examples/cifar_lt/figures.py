@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from examples.cifar_lt.errors import UserError
 
@@ -65,6 +66,12 @@ def is_balanced(cell: dict[str, Any]) -> bool:
     return cell["config"].get("ratio") == 1
 
 
+def ordered(cell: dict[str, Any]) -> np.ndarray:
+    """The classes from frequent to rare."""
+    counts = np.array(cell["class_counts"])
+    return np.arange(len(counts)) if is_balanced(cell) else np.argsort(-counts, kind="stable")
+
+
 def label(row: Row) -> str:
     return row.name + (f", {row.strength}" if row.strength.symbol else "")
 
@@ -75,9 +82,10 @@ def per_class(rows: Sequence[Row], path: Path) -> bool:
     shown = [(row, *look, fill) for key, look in KEY.items() for row, fill in zip(find(rows, *key), cycle(fills))]
     if not shown:
         return False
-    counts = np.array(shown[0][0].cells[0]["class_counts"])
-    order = np.array_split(np.argsort(-counts, kind="stable"), min(GROUPS, len(counts)))
-    ends = order if is_balanced(shown[0][0].cells[0]) else [counts[g] for g in order]
+    some = shown[0][0].cells[0]
+    counts = np.array(some["class_counts"])
+    order = np.array_split(ordered(some), min(GROUPS, len(counts)))
+    ends = order if is_balanced(some) else [counts[g] for g in order]
     ticks = [f"{g[0]}" if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in ends]
 
     def by_group(cell) -> np.ndarray:
@@ -153,6 +161,8 @@ def curves(rows: Sequence[Row], path: Path) -> bool:
         for axis in (loss, size, accuracy):
             axis.axvline(shown[0][0].cells[0]["second_stage"] + 0.5, color="black", lw=0.8, ls=":")
         loss.set_yscale("log")
+        loss.yaxis.set_major_formatter(LogFormatter())
+        loss.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
         loss.set_ylabel("training loss")
         size.set_ylim(0, 105)
         size.set_ylabel("effective sample size,\n% of the batch")
@@ -209,7 +219,8 @@ def tsne(rows: Sequence[Row], path: Path) -> bool:
     from threadpoolctl import threadpool_limits
 
     _, pair = candidates[0]
-    order = np.argsort(-np.array(pair[0][0].cells[0]["class_counts"]), kind="stable")
+    cell = pair[0][0].cells[0]
+    order = ordered(cell)
     ranks = np.unique(np.linspace(0, len(order) - 1, GROUPS).round().astype(int))
     fig, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     points = None
@@ -233,7 +244,6 @@ def tsne(rows: Sequence[Row], path: Path) -> bool:
         axis.spines[:].set(visible=True, color="#AAAAAA")
     assert points is not None
     of = f" ({len(ranks)} of {len(order)} classes)" if len(ranks) < len(order) else ""
-    cell = pair[0][0].cells[0]
     what = "class" if is_balanced(cell) else "training images of the class"
     bar = fig.colorbar(points, ax=axes, ticks=range(len(ranks)), label=f"{what}{of}")
     bar.ax.set_yticklabels([str(order[r] if is_balanced(cell) else cell["class_counts"][order[r]]) for r in ranks])

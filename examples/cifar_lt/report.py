@@ -239,7 +239,7 @@ def markdown(column: str, cells: Sequence[Cell]) -> str:
     parts = [as_markdown(texts)] if texts else []
     if missing := [f"{row.name} ({row.loss})" for row in everything if not row.cells]:
         parts.append(f"Not run: {', '.join(missing)}.")
-    if column in PAPER[PACKAGE]:
+    if column in PAPER[PACKAGE] and any(row.method == "sgd" for row in everything):
         parts += [f"For reference, the {PACKAGE}:", as_markdown(package_texts(column))]
     if choices := chosen_from(cells):
         summary = "<summary>Validation accuracy that λ and ρ were chosen by (number of seeds)</summary>"
