@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.cifar_lt.errors import UserError
 
@@ -161,8 +161,9 @@ def curves(rows: Sequence[Row], path: Path) -> bool:
         for axis in (loss, size, accuracy):
             axis.axvline(shown[0][0].cells[0]["second_stage"] + 0.5, color="black", lw=0.8, ls=":")
         loss.set_yscale("log")
-        loss.yaxis.set_major_formatter(LogFormatter())
-        loss.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        loss.yaxis.set_major_formatter("{x:g}")
+        loss.yaxis.set_minor_formatter(NullFormatter())
         loss.set_ylabel("training loss")
         size.set_ylim(0, 105)
         size.set_ylabel("effective sample size,\n% of the batch")
@@ -183,7 +184,7 @@ def gains(rows: Sequence[Row], path: Path) -> bool:
     fig, axis = plt.subplots(figsize=(8, 1.3 + 0.25 * len(shown)), layout="constrained")
     kinds = {"ABSGD and its variants": ("#0072B2", "o"), "other methods": ("#D55E00", "s")}
     for kind, (colour, mark) in kinds.items():
-        places = [i for i, row in enumerate(shown) if row.name.startswith("ABSGD") == (kind != "other methods")]
+        places = [i for i, row in enumerate(shown) if ("ABSGD" in row.name) == (kind != "other methods")]
         means = [float(np.mean(shown[i].gains)) for i in places]
         errors = [float(np.std(shown[i].gains, ddof=1)) if len(shown[i].gains) > 1 else 0.0 for i in places]
         if places:
