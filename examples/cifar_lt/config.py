@@ -15,6 +15,7 @@ Classifier = Literal["joint", "ncm", "crt", "tau-norm", "lws"]
 PRESETS: tuple[str, ...] = get_args(Preset)
 LOSSES: tuple[str, ...] = get_args(Loss)
 TRAINED: tuple[str, ...] = get_args(Trained)
+ALIASES: dict[str, Loss] = {"logit-adjustment": "balanced-softmax"}  # one loss, at τ = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 
 from absgd_jax import losses
+from examples.cifar_lt.config import ALIASES
 
-NAMES = ("ce", "focal", "ldam", "logit-adjustment")
+NAMES = ("ce", "focal", "ldam", "balanced-softmax")
 
 
 def make_objective(class_counts: np.ndarray) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -23,15 +24,14 @@ def make_objective(class_counts: np.ndarray) -> Callable[[jax.Array, jax.Array, 
         optax.softmax_cross_entropy_with_integer_labels,
         losses.focal,
         lambda logits, labels: losses.ldam(logits, labels, counts),
-        lambda logits, labels: losses.logit_adjustment(logits, labels, counts),
+        lambda logits, labels: losses.balanced_softmax(logits, labels, counts),
     )
     return lambda index, logits, labels: jax.lax.switch(index, branches, logits, labels)
 
 
 def index_of(loss: str) -> int:
     """The index of a loss; the prefix ``cb-`` says something about the class weights only."""
-    # At τ = 1 the balanced softmax is the logit adjustment.
-    return NAMES.index(loss.removeprefix("cb-").replace("balanced-softmax", "logit-adjustment"))
+    return NAMES.index(ALIASES.get(loss, loss).removeprefix("cb-"))
 
 
 def class_weights(loss: str, class_counts: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
-from examples.cifar_lt.config import Config
+from examples.cifar_lt.config import ALIASES, Config
 
 SECOND_STAGE_ONLY = {"algorithm": "absgd", "temperature": math.inf, "kl_radius": None, "start": None}
 SECOND_STAGE_ONLY |= {"gamma": 0.9, "log_alpha": None, "trained": "all", "decay": 1.0}
@@ -58,11 +58,8 @@ def segments(configs: Iterable[Config]) -> dict[Config, Segment]:
         earlier = max((cut for cut in cuts if 0 < cut < until), default=0)
         return Segment(config, earlier, until, segment(config, earlier) if earlier else None)
 
-    return {config: segment(_renamed(config), config.epochs) for config in configs}
-
-
-def _renamed(config: Config) -> Config:
-    return dataclasses.replace(config, loss="balanced-softmax") if config.loss == "logit-adjustment" else config
+    named = {config: dataclasses.replace(config, loss=ALIASES.get(config.loss, config.loss)) for config in configs}
+    return {config: segment(same, config.epochs) for config, same in named.items()}
 
 
 def chain(segment: Segment | None) -> Iterator[Segment]:
