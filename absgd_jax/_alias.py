@@ -1,9 +1,11 @@
 """Ready-made optimizers: ABSGD in front of momentum SGD and of Adam."""
 
 import optax
+from jax.typing import ArrayLike
 
-from absgd_jax._recursion import Gamma, Temperature
+from absgd_jax._rules import Gamma, Temperature
 from absgd_jax._transform import scale_by_absgd
+from absgd_jax._validate import concrete
 
 
 def absgd(
@@ -14,6 +16,7 @@ def absgd(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     *,
+    max_weight: ArrayLike = float("inf"),
     bias_correction: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ABSGD with momentum and weight decay: Algorithm 1 as one Optax optimizer.
@@ -30,6 +33,7 @@ def absgd(
       momentum: μ; None keeps no momentum.
       weight_decay: ω, the gradient of the regulariser r(w) = ω‖w‖²/2, not weighted by p̃.
       nesterov: whether the momentum is Nesterov's.
+      max_weight: c, the largest weight of an example, as for :func:`absgd_jax.scale_by_absgd`; inf is the paper's form.
       bias_correction: as for :func:`absgd_jax.scale_by_absgd`; True spares the first batches a weight of 1/γ, which
         matters where γ is small.
 
@@ -37,14 +41,14 @@ def absgd(
       An optimizer whose update takes ``value=``, the batch's :func:`absgd_jax.entropic_risk`.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or 0, or ``gamma`` is outside (0, 1].
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], or ``max_weight`` is not above 1.
 
     Example:
       >>> import absgd_jax, jax, jax.numpy as jnp, optax
       >>> x, y = jnp.array([0., 1., 2., 3.]), jnp.array([1., 3., 5., 12.])
       >>> def per_example_loss(w, x, y):
       ...   return (w[0] * x + w[1] - y) ** 2
-      >>> optimizer = absgd_jax.absgd(0.05, temperature=-2.0, momentum=None)  # silences the outlier
+      >>> optimizer = absgd_jax.absgd(0.05, temperature=-2.0, momentum=None)  # suppresses the outlier
       >>> loss_and_grad = absgd_jax.value_and_grad(per_example_loss)
       >>> @jax.jit
       ... def step(w, state):
@@ -62,7 +66,7 @@ def absgd(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, Algorithm 1.
     """
     return optax.chain(
-        scale_by_absgd(temperature, gamma, bias_correction=bias_correction),
+        scale_by_absgd(temperature, gamma, max_weight=max_weight, bias_correction=bias_correction),
         optax.add_decayed_weights(weight_decay) if _is_on(weight_decay) else optax.identity(),
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         optax.scale_by_learning_rate(learning_rate),
@@ -78,6 +82,7 @@ def abadam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     *,
+    max_weight: ArrayLike = float("inf"),
     bias_correction: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """ABSGD's weights in front of Adam, with decoupled weight decay (AdamW).
@@ -90,13 +95,14 @@ def abadam(
       b2: decay of Adam's second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled weight decay, multiplied by the learning rate as in :func:`optax.adamw`.
+      max_weight: c, the largest weight of an example, as for :func:`absgd_jax.scale_by_absgd`; inf is the paper's form.
       bias_correction: as for :func:`absgd_jax.scale_by_absgd`.
 
     Returns:
       An optimizer whose update takes ``value=``, the batch's :func:`absgd_jax.entropic_risk`.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or 0, or ``gamma`` is outside (0, 1].
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], or ``max_weight`` is not above 1.
 
     Example:
       >>> import absgd_jax
@@ -107,7 +113,7 @@ def abadam(
       <https://arxiv.org/abs/1711.05101>`_.
     """
     return optax.chain(
-        scale_by_absgd(temperature, gamma, bias_correction=bias_correction),
+        scale_by_absgd(temperature, gamma, max_weight=max_weight, bias_correction=bias_correction),
         optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay) if _is_on(weight_decay) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
@@ -115,5 +121,5 @@ def abadam(
 
 
 def _is_on(weight_decay) -> bool:
-    """False only for a Python 0, so that it costs nothing and needs no parameters."""
-    return not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+    """False only for a concrete 0, so that it costs nothing and needs no parameters."""
+    return concrete(weight_decay) != 0

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from absgd_jax._risk import reduction_inputs, tilt
+from absgd_jax._tilt import Tilt, reduction_inputs, tilt
 from absgd_jax._validate import check_temperature
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -21,26 +21,27 @@ class Part(NamedTuple):
     kl: jax.Array  # KL(p̂ ‖ ŵ) within the set
 
 
-def merge_parts(parts: Part, temperature: jax.Array) -> tuple[Part, jax.Array]:
-    """Merges parts stacked along the first axis; also returns everyone's share in the gradient.
+def merge_parts(parts: Part, temperature: jax.Array) -> tuple[Part, Tilt]:
+    """Merges parts stacked along the first axis; also returns the tilt between them.
 
     By the chain rule of the KL divergence that of the whole is that between the parts plus the mean within them.
     """
-    merged = tilt(parts.risk, temperature, parts.weight)
-    kl = merged.kl + jnp.sum(merged.shares * parts.kl)
-    return Part(merged.risk, jnp.sum(parts.weight), kl), merged.shares
+    merged = tilt(parts.risk, temperature, parts.weight, axis=0)
+    kl = merged.kl + jnp.sum(merged.shares * parts.kl, axis=0)
+    return Part(merged.risk, merged.weight, kl), merged
 
 
-def merge_devices(part: Part, temperature: jax.Array, axis_name: AxisName) -> tuple[Part, jax.Array]:
-    """Merges the parts of all devices; also returns this device's share in the gradient.
+def merge_devices(part: Part, temperature: jax.Array, axis_name: AxisName) -> tuple[Part, jax.Array, jax.Array]:
+    """Merges the parts of all devices; also returns this device's share σ and log-ratio in it.
 
     Every device lays its three numbers into a row of its own and the rows are summed: a psum rather than an all_gather,
     because its result is known to be the same on all devices, which shard_map asks of an output that is not sharded.
     """
     numbers, me = jnp.stack(part), jax.lax.axis_index(axis_name)
     rows = jnp.zeros((jax.lax.psum(1, axis_name), *numbers.shape), numbers.dtype).at[me].set(numbers)
-    whole, shares = merge_parts(Part(*jax.lax.psum(rows, axis_name).T), temperature)
-    return whole, shares[me]
+    rows = jnp.moveaxis(jax.lax.psum(rows, axis_name), 1, 0)
+    whole, between = merge_parts(Part(*rows), temperature)
+    return whole, between.shares[me], between.log_ratios[me]
 
 
 def merge_risks(
@@ -58,14 +59,14 @@ def merge_risks(
         \sigma_k = \frac{w_k e^{\hat R_k/\lambda}}{\sum_j w_j e^{\hat R_j/\lambda}}
 
     It is the entropic risk once more, so it is exact and associative: the parts may be examples, micro-batches or
-    devices, merged in any order.
+    devices, merged in any order. To differentiate over devices use ``entropic_risk(..., axis_name=)``.
 
     Args:
       risks: the parts' risks R̂_k, shape (K,), in units of loss; with ``axis_name`` this device's own, a scalar.
       temperature: λ, a scalar; the one with which the parts were reduced.
       weights: the parts' total weights (their numbers of examples), of the shape of ``risks``; a part of weight 0 is
         empty and left out. Default: all equal.
-      axis_name: the name of the ``shard_map`` or ``pmap`` axis over which to merge: one collective of a few
+      axis_name: the name of the ``shard_map``, ``pmap`` or ``vmap`` axis over which to merge: one collective of a few
         numbers.
 
     Returns:
@@ -87,7 +88,7 @@ def merge_risks(
     risks, temperature, weights = reduction_inputs(risks, temperature, weights, None)
     parts = Part(risks, weights, jnp.zeros_like(risks))
     if axis_name is None:
-        whole, shares = merge_parts(parts, temperature)
-    else:
-        whole, shares = merge_devices(parts, temperature, axis_name)
-    return whole.risk, shares
+        whole, between = merge_parts(parts, temperature)
+        return whole.risk, between.shares
+    whole, share, _ = merge_devices(parts, temperature, axis_name)
+    return whole.risk, share

@@ -1,4 +1,4 @@
-"""Algorithm 1: the running robust risk and the factor by which it scales a batch. Both doors of the library use it."""
+"""Algorithm 1: the running robust risk and the factor by which it scales a batch. Both APIs of the library use it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,41 +6,33 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from absgd_jax._risk import tilt
-from absgd_jax._rules import AdaptiveGamma, KlRadius
-from absgd_jax._validate import check_gamma, check_temperature
-
-Temperature = ArrayLike | optax.Schedule | KlRadius
-Gamma = ArrayLike | optax.Schedule | AdaptiveGamma
-
-
-class ScaleByAbsgdState(NamedTuple):
-    """The running robust risk, kept in units of loss: the paper's s_t is ``mass * exp(risk / temperature)``.
-
-    Attributes:
-      count: number of updates so far.
-      risk: R_t, the running value of the objective F_λ, worth logging. At λ = ±inf the last batch's mean loss.
-      temperature: λ with which the next batch is to be reduced.
-      mass: total weight 1 - (1 - γ)^t of the batches in ``risk``; 0 until λ is finite, so that leaving λ = ∞ restarts.
-    """
-
-    count: jax.Array  # shape=(), dtype=int32
-    risk: jax.Array  # shape=(), dtype=float32 or float64
-    temperature: jax.Array  # shape=(), dtype=float32 or float64
-    mass: jax.Array  # shape=(), dtype=float32 or float64
+from absgd_jax._rules import Gamma, Rule, Temperature, evaluate
+from absgd_jax._state import ScaleByAbsgdState, keep_finite
+from absgd_jax._tilt import is_infinite, tilt
+from absgd_jax._validate import check_gamma, check_max_weight, check_temperature
 
 
 class Recursion(NamedTuple):
-    """The moving average of Algorithm 1 as a pair of pure functions."""
+    """The moving average of Algorithm 1 as pure functions."""
 
-    init: Callable[[jax.typing.DTypeLike], ScaleByAbsgdState]
+    init: Callable[[DTypeLike], ScaleByAbsgdState]
+    now: Callable[[ScaleByAbsgdState], ScaleByAbsgdState]  # the state with the λ and c of the next batch
     step: Callable[..., tuple[jax.Array, ScaleByAbsgdState]]  # (value, kl, state) -> (g̃/s, state)
-    temperature: Callable[[ScaleByAbsgdState], jax.Array]
 
 
-def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> Recursion:
+def settle(state: ScaleByAbsgdState) -> ScaleByAbsgdState:
+    """Takes the next batch at λ = ∞ if weights are bounded and there is no risk yet to which a loss could be compared.
+
+    The mean loss of that batch is then what the next one is compared to.
+    """
+    unknown = ~is_infinite(state.max_weight) & (state.mass == 0) & (state.risk == 0)
+    infinity = jnp.copysign(jnp.finfo(state.temperature.dtype).max, state.temperature)
+    return state._replace(temperature=jnp.where(unknown, infinity, state.temperature))
+
+
+def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bias_correction: bool) -> Recursion:
     """The moving average s ← (1 - γ) s + γ g̃, which is a merge of the past with the batch.
 
     The past has risk R and weight (1 - γ) m, the batch has risk R̂ and weight γ. Merging them gives the new R, and the
@@ -48,60 +40,61 @@ def recursion(temperature: Temperature, gamma: Gamma, bias_correction: bool) -> 
     """
     check_temperature(temperature)
     check_gamma(gamma)
+    check_max_weight(max_weight)
 
-    def temperature_at(count):
-        return temperature(count) if callable(temperature) else temperature
+    def with_temperature(state, lam):
+        return settle(state._replace(temperature=keep_finite(lam, state.risk.dtype)))
 
-    def current_temperature(state):
-        if isinstance(temperature, KlRadius):
-            return state.temperature
-        return jnp.array(temperature_at(state.count), state.risk.dtype)  # a copy: the caller may donate it
-
-    def current_gamma(state, lam):
-        """γ and 1 - γ."""
-        if isinstance(gamma, AdaptiveGamma):
-            new, old = gamma.gamma(state.risk, lam)
-            return jnp.where(state.mass == 0, 1, new), old
-        new = jnp.asarray(gamma(state.count) if callable(gamma) else gamma, state.risk.dtype)
-        return new, 1 - new
+    def now(state):
+        # Numbers and schedules are read where they are given, so that one that is injected or changed holds at once.
+        state = state._replace(max_weight=keep_finite(max_weight, state.risk.dtype))
+        lam = state.temperature if isinstance(temperature, Rule) else evaluate("temperature", temperature, state)
+        return with_temperature(state, lam)
 
     def init(dtype):
-        lam = temperature.init if isinstance(temperature, KlRadius) else temperature_at(0)
-        # Each field is an array of its own: the state can be donated.
-        return ScaleByAbsgdState(
-            count=jnp.zeros((), jnp.int32),
-            risk=jnp.zeros((), dtype),
-            temperature=jnp.array(lam, dtype),
-            mass=jnp.zeros((), dtype),
+        def zero(dtype):  # each field is an array of its own: the state can be donated
+            return jnp.zeros((), dtype)
+
+        state = ScaleByAbsgdState(
+            zero(jnp.int32), zero(dtype), zero(dtype), zero(dtype), keep_finite(max_weight, dtype)
         )
+        return with_temperature(state, evaluate("temperature", temperature, state))
 
     def step(value, kl, state):
         dtype = state.risk.dtype
-        value, lam = jnp.asarray(value, dtype), current_temperature(state)
-        new, old = current_gamma(state, lam)
+        value, state = jnp.asarray(value, dtype), now(state)
+        lam, kl = state.temperature, None if kl is None else jnp.asarray(kl, dtype)
+        new = evaluate("gamma", gamma, state)
+        new, old = new if isinstance(new, tuple) else (new, 1 - jnp.asarray(new, dtype))
+        new, old = jnp.asarray(new, dtype), jnp.asarray(old, dtype)
 
         # At λ = ∞ every weight is 1 and nothing is remembered; a batch that is empty (-0.) or broken is not counted.
-        plain = jnp.isinf(lam)
-        seen = jnp.isfinite(value) & ~((value == 0) & jnp.signbit(value))
+        plain = is_infinite(lam)
         past = jnp.where(plain, 0, old * state.mass)
-        merged = tilt(jnp.stack([state.risk, value]), lam, jnp.stack([past, new]))
-        mass = past + new
-        factor = merged.shares[1] / new
+        weights = jnp.stack([past, jnp.where(plain, 1, new)])
+        merged = tilt(jnp.stack([state.risk, value]), lam, weights)
+        seen = jnp.isfinite(value) & ~((value == 0) & jnp.signbit(value)) & (merged.weight > 0)
+
+        # g̃/s by the batch's share where γ can divide it, else (γ = 0 leaves the past as it is) by its definition.
+        mass = jnp.where(merged.weight > 0, merged.weight, 1)
+        divisible = new > 1e-6
+        exponent = (value - merged.risk) / jnp.where((lam == 0) | divisible, 1, lam)
+        factor = jnp.where(divisible, merged.shares[1] / jnp.where(divisible, new, 1), jnp.exp(exponent) / mass)
+        factor = jnp.minimum(factor, jnp.finfo(dtype).max)
         if bias_correction:
             factor = factor * mass
-
-        following = jnp.asarray(temperature_at(state.count + 1), dtype) if callable(temperature) else lam
-        if isinstance(temperature, KlRadius):
+        if isinstance(temperature, Rule):
             factor = jnp.minimum(factor, 1)  # R lags behind a λ that falls
-            kl = jnp.asarray(kl, dtype)
-            seen &= jnp.isfinite(kl)
-            following = jnp.where(seen, temperature.next_temperature(lam, kl), lam)
-        state = ScaleByAbsgdState(
+            seen &= True if kl is None else jnp.isfinite(kl)
+
+        after = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
             risk=jnp.where(seen, merged.risk, state.risk),
-            temperature=following,
             mass=jnp.where(seen, jnp.where(plain, 0, mass), state.mass),
         )
-        return jnp.where(seen & ~plain, factor, 1), state
+        following = evaluate("temperature", temperature, after, kl)
+        if isinstance(temperature, Rule):
+            following = jnp.where(seen, following, lam)
+        return jnp.where(seen & ~plain, factor, 1), with_temperature(after, following)
 
-    return Recursion(init, step, current_temperature)
+    return Recursion(init, now, step)

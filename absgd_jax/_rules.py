@@ -1,29 +1,71 @@
-"""Rules that set a hyper-parameter from the state of training, given in place of a number or a schedule.
-
-They are not callables, because Optax takes every callable for a schedule of the step count.
-"""
+"""Rules that set λ or γ from the state of training, given in place of a number or a schedule."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
 
-from absgd_jax._validate import check_finite, check_positive
-
-
-class AdaptiveGamma(NamedTuple):
-    """Made by :func:`adaptive_gamma`."""
-
-    log_alpha: float
-
-    def gamma(self, risk: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """γ and 1 - γ; the latter has its own sigmoid because it matters most where γ rounds to 1."""
-        logit = self.log_alpha + risk / temperature
-        return jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
+from absgd_jax._state import ScaleByAbsgdState
+from absgd_jax._tilt import is_infinite
+from absgd_jax._validate import check_finite, check_positive, check_scalar, concrete
 
 
-def adaptive_gamma(log_alpha: float) -> AdaptiveGamma:
+class Rule(NamedTuple):
+    r"""A hyper-parameter that follows training, given as ``temperature=`` or ``gamma=``: a function of the state.
+
+    Optax takes every callable for a schedule of the step count, so a rule is not callable itself: it holds a function.
+
+    Attributes:
+      at: ``at(state, kl)`` returns the value for the next batch. For λ, ``state`` is the
+        :class:`absgd_jax.ScaleByAbsgdState` after a batch, whose ``temperature`` is the λ with which that batch was
+        reduced, and ``kl`` is that batch's KL̂; ``kl`` is None when the state is made. For γ, ``state`` is that before
+        the batch and ``kl`` is None; γ may come as the pair (γ, 1 - γ), if the latter would be lost to rounding.
+      radius: the KL distance ρ at which the rule aims, if it reads ``kl``; None if it does not.
+
+    With a rule for λ the mean weight g̃/s of a batch is held at 1 where it is greater, because R lags behind a λ that
+    falls.
+
+    Example:
+      >>> import absgd_jax, jax.numpy as jnp
+      >>> def twice_the_risk(state, kl):  # λ follows the losses down; the first batch is taken by SGD
+      ...   return jnp.where(state.count == 0, jnp.inf, 2 * state.risk)
+      >>> optimizer = absgd_jax.absgd(0.1, temperature=absgd_jax.Rule(twice_the_risk))
+    """
+
+    at: Callable[[ScaleByAbsgdState, jax.Array | None], Any]
+    radius: ArrayLike | None = None
+
+
+Temperature = ArrayLike | optax.Schedule | Rule
+Gamma = ArrayLike | optax.Schedule | Rule
+
+
+def evaluate(name: str, value: Temperature | Gamma, state: ScaleByAbsgdState, kl: jax.Array | None = None) -> Any:
+    """A number, a schedule or a rule at ``state``."""
+    if isinstance(value, Rule):
+        value = value.at(state, kl)
+    elif callable(value):
+        value = value(state.count)
+    check_scalar(name, value, "Use jax.vmap for several values.")
+    return value
+
+
+def check_radius(radius: ArrayLike | None, batch_size: Any) -> None:
+    """Raises ValueError if no weighting of ``batch_size`` examples lies ``radius`` from uniform; both must be known."""
+    rho, size = concrete(radius), concrete(batch_size)
+    if rho is not None and size is not None and rho >= (math.log(size) if size else 0):
+        raise ValueError(
+            f"A KL radius of rho={radius!r} (a fraction of {math.exp(-rho):.3g}) is at or above log(batch size) = "
+            f"log({batch_size}) = {math.log(size) if size else 0:.4g}: no weighting of {batch_size} examples lies that "
+            "far from uniform, so λ would shrink for ever. Use a smaller radius (a larger fraction) or a larger batch."
+        )
+
+
+def adaptive_gamma(log_alpha: ArrayLike) -> Rule:
     r"""The state-dependent γ of SCENT, given as ``gamma=``: forget fast while the risk is high.
 
     .. math:: \gamma_t = \frac{\alpha s_t}{1 + \alpha s_t} = \mathrm{sigmoid}(\log\alpha + R_t/\lambda)
@@ -47,33 +89,26 @@ def adaptive_gamma(log_alpha: float) -> AdaptiveGamma:
       `SCENT <https://arxiv.org/abs/2602.02877>`_, 2026.
     """
     check_finite("log_alpha", log_alpha)
-    return AdaptiveGamma(log_alpha)
+
+    def at(state, kl):
+        del kl
+        logit = log_alpha + state.risk / state.temperature
+        # 1 - γ has a sigmoid of its own, because it matters most where γ rounds to 1.
+        return jnp.where(state.mass == 0, 1, jax.nn.sigmoid(logit)), jax.nn.sigmoid(-logit)
+
+    return Rule(at)
 
 
-class KlRadius(NamedTuple):
-    """Made by :func:`kl_radius`."""
-
-    rho: float
-    init: float
-    step_size: float
-
-    def check_batch_size(self, batch_size: int) -> None:
-        if self.rho >= math.log(batch_size):
-            raise ValueError(
-                f"kl_radius(rho={self.rho!r}) is at or above log(batch size) = log({batch_size}) = "
-                f"{math.log(batch_size):.4g}: no weighting of {batch_size} examples lies that far from uniform, so λ "
-                "would shrink for ever. Use a smaller rho or a larger batch."
-            )
-
-    def next_temperature(self, temperature: jax.Array, kl: jax.Array) -> jax.Array:
-        """The next temperature: one mirror step on |λ|, kept away from 0 and ∞ so that it can always come back."""
-        size = jnp.abs(temperature) * jnp.exp(self.step_size * (kl - self.rho))
-        bound = math.sqrt(jnp.finfo(temperature.dtype).max)
-        size = jnp.clip(size, 1 / bound, bound)
-        return jnp.where(jnp.isinf(temperature), self.init, jnp.copysign(size, temperature))
+def _mirror_step(temperature, kl, rho, step_size):
+    """One step on log|λ|, kept away from 0 and ∞ so that it can always come back."""
+    bound = math.sqrt(jnp.finfo(temperature.dtype).max)
+    size = jnp.abs(temperature) * jnp.exp(step_size * (kl - rho))
+    return jnp.copysign(jnp.clip(size, 1 / bound, bound), temperature)
 
 
-def kl_radius(rho: float, *, init: float = 1.0, step_size: float = 0.1, batch_size: int | None = None) -> KlRadius:
+def kl_radius(
+    rho: ArrayLike, *, init: ArrayLike = 1.0, step_size: ArrayLike = 0.1, batch_size: int | None = None
+) -> Rule:
     r"""A temperature that keeps the weights a KL distance ρ from uniform, given as ``temperature=``.
 
     Robust optimisation over a KL ball instead of a KL penalty,
@@ -83,13 +118,17 @@ def kl_radius(rho: float, *, init: float = 1.0, step_size: float = 0.1, batch_si
     .. math:: \log|\lambda| \leftarrow \log|\lambda| + \eta\,(\widehat{\mathrm{KL}} - \rho)
 
     λ follows the losses down, so the weights stay uneven when a network has fitted its training set, where any fixed λ
-    turns into SGD. exp(-ρ) is about the fraction of a batch that counts. λ lives in the state; pass KL̂ to the update:
-    ``update(grads, state, params, value=risk, kl=kl)``, both from ``value_and_grad(..., with_kl=True)``. A state
-    that is handed over at λ = ∞ (the first of two stages) starts at ``init``.
+    turns into SGD. λ lives in the state; pass KL̂ to the update: ``update(grads, state, params, value=risk, kl=kl)``,
+    both from ``value_and_grad(..., with_kl=True)``. A state that is handed over at λ = ∞ (the first of two stages)
+    starts at ``init``.
 
     s_t lags behind while λ falls, the more so the smaller γ is, and batches would weigh up to 1/γ. So the mean weight
     g̃/s of a batch is held at 1 where it is greater: a batch harder than the running risk is a softmax, an easier one
     counts less.
+
+    A small λ at a high rate destroys a trained network: a few losses far above the running risk take all the weight.
+    Where that can happen start from a large ``init`` and bound the weights with ``max_weight=``;
+    :func:`absgd_jax.trust_fraction` and :func:`absgd_jax.focus_fraction` start there and speak of fractions.
 
     Args:
       rho: ρ, the radius in nats, between 0 and log(batch size). 0.3 is mild, 2 is strong.
@@ -116,10 +155,113 @@ def kl_radius(rho: float, *, init: float = 1.0, step_size: float = 0.1, batch_si
     """
     check_positive("rho", rho)
     check_finite("init", init)
-    if init == 0:
+    if concrete(init) == 0:
         raise ValueError(f"init={init!r}: λ must start away from 0; use 1.0, or -1.0 for the mirrored form.")
     check_positive("step_size", step_size)
-    rule = KlRadius(rho, init, step_size)
     if batch_size is not None:
-        rule.check_batch_size(batch_size)
-    return rule
+        check_radius(rho, batch_size)
+
+    def at(state, kl):
+        if kl is None:
+            return init
+        step = _mirror_step(state.temperature, kl, rho, step_size)
+        return jnp.where(is_infinite(state.temperature), init, step)
+
+    return Rule(at, rho)
+
+
+def _fraction_rule(fraction, sign, step_size, batch_size):
+    number = concrete(fraction)
+    if number is not None and not 0 < number < 1:
+        raise ValueError(f"fraction={fraction!r}: it must lie between 0 and 1, both excluded; 1 would be SGD.")
+    check_positive("step_size", step_size)
+    rho = -math.log(number) if number is not None else -jnp.log(fraction)
+    if batch_size is not None:
+        check_radius(rho, batch_size)
+
+    def at(state, kl):
+        if kl is None:
+            return sign * jnp.inf
+        step = _mirror_step(state.temperature, kl, rho, step_size)
+        start = sign * 10 * jnp.abs(state.risk)  # many times the spread of the losses, in whatever unit they are
+        start = jnp.where(start == 0, sign * jnp.inf, start)
+        return jnp.where(is_infinite(state.temperature), start, step)
+
+    return Rule(at, rho)
+
+
+def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_size: int | None = None) -> Rule:
+    r"""A temperature λ < 0 that trusts a fraction of the data, given as ``temperature=``, for wrong labels.
+
+    Weights that are uniform on a fraction φ of a batch and 0 elsewhere lie
+    :math:`\sum_{i \le \varphi B} \frac{1}{\varphi B} \log\frac{1}{\varphi} = -\log\varphi` from uniform. So where a
+    fraction ε of the labels is wrong, the weights that leave out just these have a radius of
+
+    .. math:: \rho = -\log(1 - \varepsilon) = -\log(\mathrm{fraction})
+
+    and the noise rate, which a user knows or can estimate on a sample, takes the place of λ. The weights are smooth
+    (those of :func:`kl_radius`), so the fraction is an effective one: exp(-KL).
+
+    A λ < 0 near 0 in the first steps would silence whole classes for good, because before a network has learned a class
+    its losses are as high as those of wrong labels. So λ starts mild and comes slowly: the first batch is taken by SGD,
+    then λ is -10 times its mean loss, from where :func:`kl_radius` follows.
+
+    Args:
+      fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Misjudged by 0.1 it costs little; rather too large
+        than too small.
+      step_size: η, the relative change of λ for each nat and step. λ needs about log(10)/(η ρ) steps to come down;
+        a smaller η gives the network more time to learn its classes first.
+      batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
+
+    Returns:
+      A rule for the ``temperature`` of :func:`absgd_jax.scale_by_absgd` and of all that is built on it. It needs KL̂:
+      ``update(grads, state, params, value=risk, kl=kl)``, both from ``value_and_grad(..., with_kl=True)``.
+
+    Raises:
+      ValueError: if ``fraction`` is not between 0 and 1, ``step_size`` is not positive and finite, or a fraction of
+        ``batch_size`` examples is not more than one example.
+
+    Example:
+      >>> import absgd_jax
+      >>> optimizer = absgd_jax.absgd(0.1, temperature=absgd_jax.trust_fraction(0.6))  # 40 % of the labels are wrong
+
+    References:
+      Qi et al., `Stochastic Constrained DRO with a Complexity Independent of Sample Size
+      <https://arxiv.org/abs/2210.05740>`_, 2022, for the KL ball.
+    """
+    return _fraction_rule(fraction, -1, step_size, batch_size)
+
+
+def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_size: int | None = None) -> Rule:
+    r"""A temperature λ > 0 that focuses on a fraction of the data, given as ``temperature=``, for hard examples.
+
+    The conditional value at risk of level α is the mean loss of the hardest fraction α; its weights are uniform there
+    and lie −log α from uniform. With a radius of
+
+    .. math:: \rho = -\log \alpha = -\log(\mathrm{fraction})
+
+    a KL ball spends as much, smoothly. The first batch is taken by SGD, then λ is 10 times its mean loss, from where
+    :func:`kl_radius` follows.
+
+    Args:
+      fraction: α, the fraction of the batch that is to count, between 0 and 1. 0.7 is mild, 0.1 is strong: bound the
+        weights with ``max_weight=`` as well, at a few times 1/α.
+      step_size: η, the relative change of λ for each nat and step.
+      batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
+
+    Returns:
+      A rule for the ``temperature`` of :func:`absgd_jax.scale_by_absgd` and of all that is built on it. It needs KL̂:
+      ``update(grads, state, params, value=risk, kl=kl)``, both from ``value_and_grad(..., with_kl=True)``.
+
+    Raises:
+      ValueError: if ``fraction`` is not between 0 and 1, ``step_size`` is not positive and finite, or a fraction of
+        ``batch_size`` examples is not more than one example.
+
+    Example:
+      >>> import absgd_jax
+      >>> optimizer = absgd_jax.absgd(0.1, absgd_jax.focus_fraction(0.5), max_weight=5.0)
+
+    References:
+      Rockafellar & Uryasev, *Optimization of Conditional Value-at-Risk*, 2000.
+    """
+    return _fraction_rule(fraction, 1, step_size, batch_size)

@@ -1,16 +1,22 @@
-"""The gradient-level door: ABSGD as an Optax gradient transformation."""
+"""The gradient-level API: ABSGD as an Optax gradient transformation."""
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from absgd_jax._recursion import Gamma, ScaleByAbsgdState, Temperature, recursion
-from absgd_jax._rules import KlRadius
+from absgd_jax._recursion import recursion
+from absgd_jax._rules import Gamma, Rule, Temperature
+from absgd_jax._tilt import wide
 from absgd_jax._validate import check_scalar
 
 
 def scale_by_absgd(
-    temperature: Temperature, gamma: Gamma = 0.9, *, bias_correction: bool = False
+    temperature: Temperature,
+    gamma: Gamma = 0.9,
+    *,
+    max_weight: ArrayLike = float("inf"),
+    bias_correction: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns the gradient of a batch's robust risk into that of Algorithm 1, by one scalar.
 
@@ -20,8 +26,23 @@ def scale_by_absgd(
         \quad \hat R_t = \lambda \log \tilde g_t
 
     s is kept as R = λ log s, in units of loss, which is finite for every λ. The mean weight g̃/s of a batch is at most
-    1/γ (1 with ``kl_radius``). At λ = ±inf gradients pass through bit for bit. When λ leaves ∞ the estimate starts
+    1/γ (1 where a rule sets λ). At λ = ±inf gradients pass through bit for bit. When λ leaves ∞ the estimate starts
     afresh; any other change of λ carries it over.
+
+    *Bounded weights.* A loss 10 λ above R weighs :math:`e^{10}`: at a rate that still moves a trained network a few
+    such losses destroy it within an epoch. With ``max_weight`` c the exponential becomes
+    :math:`\min(e^{(L_i - R_t)/\lambda}, c)`, in g̃ and in the gradient alike, with R_t the running risk before the
+    batch, so that parts still merge exactly. This is Algorithm 1 for a KL-regularised DRO in which no example has more
+    than c times its share,
+
+    .. math::
+        F_{\lambda,c}(w) = \max_{0 \le q \le c,\ \mathbb{E} q = 1} \mathbb{E}[q L] - \lambda\, \mathbb{E}[q \log q]
+        = \min_R\ R + \lambda\, \mathbb{E}\big[e_c\big(\tfrac{L - R}{\lambda}\big) - 1\big],
+
+    where e_c is the exponential, continued by its tangent beyond log c (for λ < 0 max and min change places). c = ∞ is
+    F_λ; λ → 0 is the conditional value at risk of level 1/c, for λ < 0 the mean of the smallest losses of fraction 1/c.
+    R then is the minimiser, not the objective. In the first batch there is no R yet: it is taken at λ = ∞. The weight
+    in the paper's normalisation is at most :math:`c\, s_t/s_{t+1}`.
 
     A value that is not finite leaves the running risk as it was and lets the gradients pass, so that
     :func:`optax.apply_if_finite` around the whole chain discards the step and nothing is lost. So does the -0. that
@@ -32,21 +53,31 @@ def scale_by_absgd(
     λ, give the schedule here: :func:`optax.inject_hyperparams` keeps a schedule's *last* value in its state, so R̂
     would be computed with a λ that is one step old.
 
+    A schedule of λ must not run into 0, as a cosine or linear one to ``end_value=0`` does: there the risk is the
+    largest loss ever seen, every batch below it has the factor 0, and training stops although the updates are finite.
+    End it above 0, at a small multiple of the typical loss.
+
     Args:
-      temperature: λ in units of loss: a number, an array, a schedule of the step count, or :func:`absgd_jax.kl_radius`.
-        Positive lifts hard examples, negative silences outliers, ±inf is the plain gradient.
-      gamma: γ in (0, 1], the weight of the new batch in the moving average: a number, an array, a schedule, or
-        :func:`absgd_jax.adaptive_gamma`. 1 is the mini-batch softmax.
+      temperature: λ in units of loss: a number, an array, a schedule of the step count, or a rule such as
+        :func:`absgd_jax.trust_fraction` or :func:`absgd_jax.kl_radius`. Positive emphasises hard examples, negative
+        suppresses outliers, ±inf is the plain gradient.
+      gamma: γ in (0, 1], the weight of the new batch in the moving average: a number, an array, a schedule (which may
+        end at 0: the past then stays as it is), or a rule such as :func:`absgd_jax.adaptive_gamma`. 1 is the mini-batch
+        softmax.
+      max_weight: c > 1, a number or an array; inf is Algorithm 1. The batch must be reduced with the state's threshold:
+        ``value_and_grad(..., state=)`` does so; in your own loss pass it to :func:`absgd_jax.entropic_risk`.
       bias_correction: False is the paper's s_0 = 0, so that the first batches weigh 1/γ; True divides s_t by
         1 - (1 - γ)^t, as Adam does.
 
     Returns:
       A transformation with state :class:`absgd_jax.ScaleByAbsgdState`. Its update takes ``value=R̂``, the batch's
-      :func:`absgd_jax.entropic_risk` at λ, of which ``updates`` are the gradient, and with ``kl_radius`` also ``kl=``.
+      :func:`absgd_jax.entropic_risk` at λ, of which ``updates`` are the gradient, and with a rule that has a radius
+      also ``kl=``.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], or ``value`` is not a scalar.
-      TypeError: if ``update`` is called without ``value`` (or, with ``kl_radius``, without ``kl``).
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1, or
+        ``value`` is not a scalar.
+      TypeError: if ``update`` is called without ``value`` (or, with a rule that has a radius, without ``kl``).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -64,7 +95,7 @@ def scale_by_absgd(
     References:
       Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, Algorithm 1.
     """
-    rec = recursion(temperature, gamma, bias_correction)
+    rec = recursion(temperature, gamma, max_weight, bias_correction)
 
     def init_fn(params):
         return rec.init(_state_dtype(params))
@@ -77,24 +108,26 @@ def scale_by_absgd(
                 "risk = absgd_jax.entropic_risk(losses, temperature) and grads is its gradient; "
                 "absgd_jax.value_and_grad returns both."
             )
-        if kl is None and isinstance(temperature, KlRadius):
+        if kl is None and isinstance(temperature, Rule) and temperature.radius is not None:
             raise TypeError(
-                "kl_radius needs the batch's KL divergence: call update(grads, state, params, value=risk, kl=kl), "
-                "where absgd_jax.value_and_grad(..., with_kl=True) returns ((risk, kl), grads)."
+                "This rule for the temperature needs the batch's KL divergence: call update(grads, state, params, "
+                "value=risk, kl=kl), where absgd_jax.value_and_grad(..., with_kl=True) returns ((risk, kl), grads)."
             )
         check_scalar("value", value, "Pass absgd_jax.entropic_risk(losses, temperature), not the losses.")
         check_scalar("kl", kl, "Pass the KL of the whole batch, as absgd_jax.value_and_grad returns it.")
         factor, state = rec.step(value, kl, state)
-        return jax.tree.map(lambda g: (factor * g).astype(g.dtype), updates), state
+        return jax.tree.map(lambda g: (factor * g.astype(_at_least_half(g.dtype))).astype(g.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _at_least_half(dtype):
+    """8-bit floats do not multiply with others: they are made float32."""
+    return wide(dtype) if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16 else dtype
+
+
 def _state_dtype(params: optax.Params) -> jnp.dtype:
     """float32, or float64 if any parameter is."""
-    leaves = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
-    real = [jnp.finfo(dtype).dtype for dtype in leaves if jnp.issubdtype(dtype, jnp.inexact)]
-    return jnp.result_type(jnp.float32, *real)
-
-
-__all__ = ["ScaleByAbsgdState", "scale_by_absgd"]
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    real = [jnp.finfo(dtype).dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    return jnp.result_type(jnp.float32, *map(wide, real))

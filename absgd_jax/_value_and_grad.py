@@ -1,17 +1,26 @@
 """The batch's risk and its gradient in one pass: the whole batch, in micro-batches, or over devices."""
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
+from optax.microbatching import AccumulationType
 
-from absgd_jax._merge import AxisName, Part, merge_devices, merge_parts
-from absgd_jax._recursion import ScaleByAbsgdState
-from absgd_jax._risk import entropic_risk, reduction_inputs
+from absgd_jax import _devices
+from absgd_jax._merge import AxisName, Part, merge_parts
+from absgd_jax._recursion import settle
+from absgd_jax._risk import reduce
+from absgd_jax._state import ScaleByAbsgdState, keep_finite
+from absgd_jax._tilt import wide
 from absgd_jax._validate import check_temperature
+
+OWN_KEYWORDS = ("state", "temperature", "where", "weights")
 
 
 def value_and_grad(
@@ -20,37 +29,57 @@ def value_and_grad(
     has_aux: bool = False,
     with_kl: bool = False,
     num_microbatches: int = 1,
+    aux_accumulator: Any = None,
     axis_name: AxisName | None = None,
+    sharded: Any = False,
 ) -> Callable[..., Any]:
     r"""The robust risk of a batch and its gradient, as :func:`jax.value_and_grad` of a mean would give them.
 
     .. math:: \hat R = \lambda \log \sum_i w_i e^{L_i/\lambda}, \qquad \nabla\hat R = \sum_i \hat p_i \nabla L_i
 
-    λ is read from the optimizer's state, so it is written once. Parts of a batch are merged exactly (see
-    :func:`absgd_jax.merge_risks`), so neither micro-batches nor devices change the result, which averaging would.
+    It is ``jax.value_and_grad`` of :func:`absgd_jax.entropic_risk` with three conveniences: λ and the bound on the
+    weights are read from the optimizer's state, so they are written once; micro-batches are merged exactly (see
+    :func:`absgd_jax.merge_risks`), where averaging would change the result; over devices the gradients are summed.
+
+    *Micro-batches.* ``num_microbatches=k`` takes k equal slices of the batch one after another, with the memory of one.
+    Slices are strided, so that a batch sharded along its first axis stays where it is. Every positional argument is
+    sliced; keyword arguments are passed on whole, but a key of :func:`jax.random.key` among them is folded with the
+    number of the slice, so that no two slices share a dropout mask.
+
+    *Devices.* With ``axis_name`` the result is that of the global batch, and a loss may communicate over the axis.
+    Where types say which arrays vary over it (``shard_map`` with check_vma), gradients have the types of their
+    parameters, as with :func:`jax.grad`: those of replicated parameters come back summed; those of parameters that vary
+    over the axis (shards that the loss gathers, or copies that you made varying) are the derivatives by this device's
+    own. Elsewhere parameters are taken for replicated unless ``sharded`` says otherwise. It costs one collective of a
+    few numbers between the passes of each micro-batch, and one of gradients in the end. Under ``jit`` with sharded
+    arrays nothing is needed.
 
     Args:
       per_example_loss: ``per_example_loss(params, *args, **kwargs)`` returns one loss per example, not reduced; with
         ``has_aux`` the pair (losses, aux). To log the losses, return them as aux.
-      has_aux: whether ``per_example_loss`` returns aux.
-      with_kl: whether to return also KL̂ = -∂R̂/∂λ, for :func:`absgd_jax.kl_radius`.
-      num_microbatches: k splits the batch into k equal slices, taken one after another with the memory of one. Slices
-        are strided, so that a batch sharded along its first axis stays where it is. Every leaf of aux must then have
-        the examples as its first axis; it comes back whole and in order.
-      axis_name: under ``shard_map`` or ``pmap``, the axis over which the batch is spread. The result is that of the
-        global batch, from one collective of a few numbers and one of gradients, both after the backward pass. aux stays
-        local. Under ``jit`` with sharded arrays nothing is needed.
+      has_aux: whether ``per_example_loss`` returns aux. Over devices aux stays local.
+      with_kl: whether to return also KL̂ = -∂R̂/∂λ, for rules such as :func:`absgd_jax.trust_fraction`.
+      num_microbatches: k ≥ 1, which must divide the number of examples.
+      aux_accumulator: how aux leaves the micro-batches, needed where there are both: a member of
+        :class:`optax.microbatching.AccumulationType` or a prefix tree of them. ``CONCAT`` puts leaves that have the
+        examples first together again, in order; ``MEAN`` is the plain mean over the slices, right for scalars and for
+        batch statistics (a mean over the batch is exact, a variance lacks what the slices' means differ by); ``SUM``
+        adds.
+      axis_name: under ``shard_map``, ``pmap`` or ``vmap``, the axis (or axes) over which the batch is spread.
+      sharded: a prefix tree of booleans, True for parameters of which every device of the axis holds a shard. Needed
+        only under ``pmap``, ``vmap`` and ``shard_map(check_vma=False)``.
 
     Returns:
       ``f(params, *args, state=None, temperature=None, where=None, weights=None, **kwargs)``, which returns
       ``(R̂, grads)``, with ``has_aux`` ``((R̂, aux), grads)``; with ``with_kl`` R̂ becomes the pair (R̂, KL̂).
-      ``args`` have the examples as their first axis, ``kwargs`` are passed on whole. ``state`` is the optimizer's
-      state, in which λ is found (an injected one too); ``temperature`` is λ itself, where there is no state or several
-      λ. ``where`` and ``weights`` are those of :func:`absgd_jax.entropic_risk`; fill padded examples with finite
-      numbers.
+      ``state`` is the optimizer's state, in which λ and the bound are found (injected ones too); ``temperature`` is λ
+      itself (without a bound), where there is no state or several λ. ``where`` and ``weights`` are those of
+      :func:`absgd_jax.entropic_risk`; fill padded examples with finite numbers. Of these four a name that
+      ``per_example_loss`` has among its own parameters belongs to it and is handed on.
 
     Raises:
-      TypeError: if neither ``state`` nor ``temperature`` is given.
+      TypeError: if neither ``state`` nor ``temperature`` is given, ``per_example_loss`` does not return an array, or
+        aux of micro-batches has no accumulator.
       ValueError: if no or several λ are found, the losses are reduced, or the batch does not split evenly.
 
     Example:
@@ -66,104 +95,156 @@ def value_and_grad(
     """
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches={num_microbatches!r}: it must be at least 1.")
-
-    def risk_of(variables, args, where, weights, kwargs):
-        params, temperature = variables
-        out = per_example_loss(params, *args, **kwargs)
-        losses, aux = out if has_aux else (out, None)
-        if jnp.ndim(losses) == 0:
-            raise ValueError(
-                "per_example_loss returned a scalar, one loss per example is needed: leave out the mean or sum over "
-                "the batch."
-            )
-        weight = jnp.sum(reduction_inputs(losses, temperature, weights, where)[2])
-        return entropic_risk(losses, temperature, weights=weights, where=where), (weight, aux)
-
-    def part_of(variables, batch, kwargs):
-        args, where, weights = batch
-        (risk, (weight, aux)), grads = jax.value_and_grad(risk_of, has_aux=True)(
-            variables, args, where, weights, kwargs
+    if has_aux and num_microbatches > 1 and aux_accumulator is None:
+        raise TypeError(
+            f"num_microbatches={num_microbatches} with has_aux=True: say how aux leaves the micro-batches with "
+            "aux_accumulator=, a member of optax.microbatching.AccumulationType (CONCAT for what each example has, "
+            "MEAN for batch statistics and scalars) or a prefix tree of them."
         )
-        grads, risk_slope = grads
-        return Part(risk, weight, -risk_slope.astype(risk.dtype)), grads, aux
+    theirs = set(OWN_KEYWORDS) & _parameter_names(per_example_loss)
 
-    def vary(tree):
-        return tree if axis_name is None else jax.lax.pcast(tree, axis_name, to="varying")
+    def f(params, *args, **kwargs):
+        own = {name: kwargs.pop(name, None) for name in OWN_KEYWORDS if name not in theirs}
+        temperature, limit = _find_temperature(own.get("state"), own.get("temperature"), theirs)
 
-    def f(params, *args, state=None, temperature=None, where=None, weights=None, **kwargs):
-        if temperature is None:
-            temperature = _find_temperature(state)
-        check_temperature(temperature, zero_allowed=True)
-        temperature = jnp.asarray(temperature, jnp.result_type(float))
-        # Were they not cast, the gradient of replicated parameters would be summed over the devices unmerged.
-        variables = vary((params, temperature))
-        batch = (args, where, weights)
+        def risk_of(params, args, where, weights, kwargs):
+            losses, aux = _losses_and_aux(per_example_loss(params, *args, **kwargs), has_aux)
+            options = {"weights": weights, "where": where, "threshold": limit, "axis_name": axis_name}
+            part = reduce(losses, temperature, **options)
+            return part.risk, (part, aux)
+
+        def part_and_grads(params, batch, kwargs):
+            (_, (part, aux)), grads = jax.value_and_grad(risk_of, has_aux=True)(params, *batch, kwargs)
+            return part, grads, aux
+
+        batch = (args, own.get("where"), own.get("weights"))
+        typed, untyped = _devices.split(axis_name)
         if num_microbatches == 1:
-            part, grads, aux = part_of(variables, batch, kwargs)
+            part, grads, aux = part_and_grads(_devices.make_varying(params, typed), batch, kwargs)
         else:
-            slices = _slices(batch, num_microbatches)
-            part, grads, aux = _merge_slices(lambda b: part_of(variables, b, kwargs), variables[1], slices, vary)
-        if axis_name is not None:
-            part, grads = jax.lax.optimization_barrier((part, grads))  # the backward pass waits for no device
-            part, share = merge_devices(part, temperature.astype(part.risk.dtype), axis_name)
-            grads = jax.lax.psum(jax.tree.map(lambda g: (share * g).astype(g.dtype), grads), axis_name)
+            batch_at, kwargs_at, examples = _slices(batch, kwargs, num_microbatches)
+            risk, _ = jax.eval_shape(lambda i: risk_of(params, *batch_at(i), kwargs_at(i)), 0)
+            typed |= _devices.varying(jnp.zeros_like(risk))  # each device has shares of its own
+            local = _devices.make_varying(params, typed)
+            part_at = lambda i: part_and_grads(local, batch_at(i), kwargs_at(i))  # noqa: E731
+            part, grads, aux = _merge_slices(part_at, num_microbatches, temperature)
+            leave = lambda how, below: jax.tree.map(partial(_leave, how, examples), below)  # noqa: E731
+            aux = jax.tree.map(leave, aux_accumulator, aux)
+            grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
+        grads = _devices.sum_gradients(grads, params, typed, untyped, sharded)
         value = (part.risk, part.kl) if with_kl else part.risk
         return ((value, aux) if has_aux else value), grads
 
     return f
 
 
-def _slices(batch, k):
-    """Reshapes (B, ...) to (B/k, k, ...): slice i is [:, i], which a sharding of the first axis divides evenly."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or () in sizes:
-        lengths = sorted(str(*size) or "none (a scalar)" for size in sizes)
-        raise ValueError(
-            f"num_microbatches={k} slices the first axis of every positional argument, but these have first axes "
-            f"{', '.join(lengths)}: give each an axis of examples, or pass by keyword what all examples share."
+def _parameter_names(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some builtins have no signature
+        return set()
+
+
+def _losses_and_aux(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"per_example_loss returned a {type(out).__name__}: with has_aux=True return (losses, aux).")
+    losses, aux = out if has_aux else (out, None)
+    if not isinstance(losses, (jax.Array, np.ndarray, np.number, int, float)):
+        raise TypeError(
+            f"per_example_loss returned a {type(losses).__name__}, one array of losses is needed: add several losses "
+            "up, and return what else you need as aux with has_aux=True."
         )
-    ((size,),) = sizes
-    if size % k:
-        raise ValueError(f"num_microbatches={k} does not divide the batch of {size} examples.")
-    return jax.tree.map(lambda x: jnp.reshape(x, (size // k, k, *jnp.shape(x)[1:])), batch)
+    if jnp.ndim(losses) == 0:
+        raise ValueError(
+            "per_example_loss returned a scalar, one loss per example is needed: leave out the mean or sum over "
+            "the batch."
+        )
+    return losses, aux
 
 
-def _merge_slices(part_of, temperature, slices, vary):
+def _slices(batch, kwargs, k: int):
+    """The batch and the keyword arguments of slice i, as functions of i, and the number of its examples.
+
+    (B, ...) is reshaped to (B/k, k, ...), of which slice i is [:, i]: a sharding of the first axis divides it evenly.
+    """
+    args, *options = batch
+    examples = _count_examples(args, k)
+    # A mask or weight that all examples share is made as long as the examples before it is cut.
+    options = [x if x is None or jnp.shape(x)[:1] != (1,) else jnp.repeat(x, examples, axis=0) for x in options]
+    _count_examples((args, options), k)
+    split = jax.tree.map(lambda x: jnp.reshape(x, (examples // k, k, *jnp.shape(x)[1:])), (args, *options))
+
+    def batch_at(i):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), split)
+
+    def kwargs_at(i):
+        return jax.tree.map(lambda x: jax.random.fold_in(x, i) if _is_key(x) else x, kwargs)
+
+    return batch_at, kwargs_at, examples // k
+
+
+def _merge_slices(part_at, k: int, temperature):
     """Merges the parts of the slices one after another, in the memory of one slice and one more gradient."""
-    examples, k = jax.tree.leaves(slices)[0].shape[:2]
-
-    def part_at(i):
-        return part_of(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), slices))
-
-    def wide(dtype):
-        return jnp.promote_types(dtype, jnp.float32)
 
     def body(past, i):
         part, grads, aux = part_at(i)
         pair = jax.tree.map(lambda *x: jnp.stack(x), past[0], part)
-        merged, (a, b) = merge_parts(pair, temperature.astype(part.risk.dtype))
+        merged, between = merge_parts(Part(*pair), temperature.astype(part.risk.dtype))
+        a, b = between.shares
         total = jax.tree.map(lambda g, h: (a * g + b * h.astype(g.dtype)).astype(g.dtype), past[1], grads)
         return (merged, total), aux
 
-    shapes = jax.eval_shape(part_at, 0)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
-    no_grads = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), shapes[1])
-    for leaf in jax.tree.leaves(shapes[2]):
-        if leaf.shape[:1] != (examples,):
-            raise ValueError(
-                f"aux has a leaf of shape {leaf.shape}: with num_microbatches={k} every leaf needs the examples (here "
-                f"{examples} a slice) as its first axis, so that it can be put together again."
-            )
-    (part, grads), aux = jax.lax.scan(body, vary((nothing, no_grads)), jnp.arange(k))
-    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shapes[1])
-    aux = jax.tree.map(lambda x: jnp.reshape(jnp.swapaxes(x, 0, 1), (examples * k, *x.shape[2:])), aux)
+    part, grads, _ = jax.eval_shape(part_at, 0)  # with types, so that the sums are sharded and vary as the parts do
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide(x.dtype)), (part, grads))
+    (part, grads), aux = jax.lax.scan(body, nothing, jnp.arange(k))
     return part, grads, aux
 
 
-def _find_temperature(state: optax.OptState | None) -> ArrayLike:
-    """λ from an optimizer's state; one that inject_hyperparams holds goes before the one it was last built with."""
-    if state is None:
-        raise TypeError("Pass state=opt_state, from which λ is read, or temperature=λ.")
+def _leave(how: AccumulationType, examples: int, x: jax.Array) -> jax.Array:
+    """What all slices together make of an aux, which is stacked along the first axis."""
+    if how is AccumulationType.CONCAT and x.shape[1:2] == (examples,):
+        return jnp.reshape(jnp.swapaxes(x, 0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]))
+    if how is AccumulationType.SUM:
+        return jnp.sum(x, axis=0)
+    if how in (AccumulationType.MEAN, AccumulationType.RUNNING_MEAN) and jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.mean(x, axis=0)
+    raise ValueError(
+        f"aux has a leaf of shape {x.shape[1:]} and dtype {x.dtype}, which cannot leave the micro-batches by {how}: CONCAT "
+        f"needs the examples (here {examples} a micro-batch) as first axis, MEAN needs floating-point numbers."
+    )
+
+
+def _count_examples(batch, k: int) -> int:
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if not sizes:
+        raise ValueError(
+            f"num_microbatches={k} slices the positional arguments after params, and there are none: pass the batch by "
+            "position; keyword arguments are what all examples share."
+        )
+    if len(sizes) > 1 or () in sizes:
+        lengths = ", ".join(sorted(str(*size) or "none (a scalar)" for size in sizes))
+        raise ValueError(
+            f"num_microbatches={k} slices the first axis of every positional argument, of where and of weights, but "
+            f"these have first axes {lengths}: give each one of examples, or pass by keyword what all share."
+        )
+    ((size,),) = sizes
+    if size % k:
+        raise ValueError(f"num_microbatches={k} does not divide the batch of {size} examples.")
+    return size
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and x.ndim == 0 and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _find_temperature(state: optax.OptState | None, temperature: ArrayLike | None, theirs: set[str]):
+    """λ and the threshold of the weights; what inject_hyperparams holds goes before what was last used."""
+    if state is None and temperature is None:
+        taken = "".join(f" per_example_loss has a parameter {name!r} of its own." for name in sorted(theirs))
+        raise TypeError(f"Pass state=opt_state, from which λ is read, or temperature=λ.{taken}")
+    if temperature is not None:
+        check_temperature(temperature, zero_allowed=True)
+        return jnp.asarray(temperature, jnp.result_type(float)), None
 
     def injects(node):
         return "temperature" in getattr(node, "hyperparams", ())
@@ -171,11 +252,18 @@ def _find_temperature(state: optax.OptState | None) -> ArrayLike:
     def is_leaf(node):
         return isinstance(node, ScaleByAbsgdState) or injects(node)
 
-    leaves = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_leaf) if is_leaf(leaf)]
-    found = [leaf.hyperparams["temperature"] if injects(leaf) else leaf.temperature for leaf in leaves]
+    found = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_leaf) if is_leaf(leaf)]
+    injected = {}
+    if len(found) == 1 and injects(found[0]):
+        injected = {
+            name: found[0].hyperparams[name] for name in ("temperature", "max_weight") if name in found[0].hyperparams
+        }
+        found = [x for x in jax.tree.leaves(found[0].inner_state, is_leaf=is_leaf) if is_leaf(x)]
     if len(found) != 1:
         raise ValueError(
             f"Found {len(found)} temperatures in the optimizer's state, needed one: pass temperature=λ, the one with "
             "which this batch is to be reduced."
         )
-    return found[0]
+    (node,) = found
+    node = settle(node._replace(**{name: keep_finite(x, node.risk.dtype) for name, x in injected.items()}))
+    return node.temperature, node.threshold

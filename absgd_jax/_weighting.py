@@ -1,4 +1,4 @@
-"""The loss-level door: the weights of Algorithm 1 for users who weight their losses themselves."""
+"""The loss-level API: the weights of Algorithm 1 for users who weight their losses themselves."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from absgd_jax._merge import AxisName, Part, merge_devices
-from absgd_jax._recursion import Gamma, ScaleByAbsgdState, Temperature, recursion
-from absgd_jax._risk import reduction_inputs, tilt
-from absgd_jax._rules import KlRadius
+from absgd_jax._recursion import recursion
+from absgd_jax._rules import Gamma, Rule, Temperature, check_radius
+from absgd_jax._state import ScaleByAbsgdState
+from absgd_jax._tilt import clip_losses, reduction_inputs, tilt
 
 
 class LossWeighting(NamedTuple):
@@ -21,28 +22,40 @@ class LossWeighting(NamedTuple):
     update: Callable[..., tuple[jax.Array, ScaleByAbsgdState]]
 
 
-def weight_by_absgd(temperature: Temperature, gamma: Gamma = 0.9, *, bias_correction: bool = False) -> LossWeighting:
+def weight_by_absgd(
+    temperature: Temperature,
+    gamma: Gamma = 0.9,
+    *,
+    max_weight: ArrayLike = float("inf"),
+    bias_correction: bool = False,
+) -> LossWeighting:
     r"""The per-example weights of Algorithm 1, for users who weight their losses themselves.
 
     .. math:: \tilde p_i = e^{L_i/\lambda} / s_{t+1}, \qquad s_{t+1} = (1-\gamma)\, s_t + \gamma \tilde g_t
 
-    The same recursion as :func:`absgd_jax.scale_by_absgd`, one door earlier: the gradient of ``mean(p̃ · L)`` with p̃
-    held constant is what that transformation produces. Use one or the other, not both.
+    The same recursion as :func:`absgd_jax.scale_by_absgd`, at the level of the loss: the gradient of ``mean(p̃ · L)``
+    with p̃ held constant is what that transformation produces. Use one or the other, not both.
+
+    Here a term of the objective that belongs to the batch or the model and not to an example (a load-balance loss, a
+    group penalty) has its place: ``mean(p̃ · L) + term``. Added to every example's loss it would move R, and its
+    gradient would be scaled by g̃/s.
 
     Args:
       temperature: λ, as for :func:`absgd_jax.scale_by_absgd`.
       gamma: γ, as there.
+      max_weight: c, as there.
       bias_correction: as there.
 
     Returns:
       A pair of functions. ``init() -> state``. ``update(losses, state, *, where=None, axis_name=None) -> (p̃, state)``:
       ``losses`` of any shape; ``where`` is a mask whose False leaves an example out (its weight is 0, average over the
-      others: ``jnp.mean(p * losses, where=where)``); ``axis_name`` names a ``shard_map`` or ``pmap`` axis over which
-      the batch is spread (then average the gradient over it). p̃ has the shape of ``losses`` and carries no gradient.
+      others: ``jnp.mean(p * losses, where=where)``); ``axis_name`` names a ``shard_map``, ``pmap`` or ``vmap`` axis
+      over which the batch is spread (then average the gradient over it). p̃ has the shape of ``losses`` and carries no
+      gradient.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], or the radius of a
-        :func:`absgd_jax.kl_radius` is at or above log(batch size).
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1, or the
+        radius of a rule such as :func:`absgd_jax.kl_radius` is at or above log(batch size).
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,7 +69,7 @@ def weight_by_absgd(temperature: Temperature, gamma: Gamma = 0.9, *, bias_correc
     References:
       Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, Algorithm 1.
     """
-    rec = recursion(temperature, gamma, bias_correction)
+    rec = recursion(temperature, gamma, max_weight, bias_correction)
 
     def init_fn():
         return rec.init(jnp.result_type(float))
@@ -69,14 +82,14 @@ def weight_by_absgd(temperature: Temperature, gamma: Gamma = 0.9, *, bias_correc
         axis_name: AxisName | None = None,
     ):
         devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
-        if isinstance(temperature, KlRadius):
-            temperature.check_batch_size(devices * math.prod(jnp.shape(losses)))
-        losses = jax.lax.stop_gradient(losses)
-        losses, lam, weights = reduction_inputs(losses, rec.temperature(state), None, where)
-        batch = tilt(losses, lam, weights)
-        part, share = Part(batch.risk, jnp.sum(weights), batch.kl), 1
+        if isinstance(temperature, Rule):
+            check_radius(temperature.radius, devices * math.prod(jnp.shape(losses)))
+        losses, state = jax.lax.stop_gradient(losses), rec.now(state)
+        losses, lam, weights = reduction_inputs(losses, state.temperature, None, where)
+        batch = tilt(clip_losses(losses, lam, state.threshold), lam, weights)
+        part, share = Part(batch.risk, batch.weight, batch.kl), 1
         if axis_name is not None:
-            part, share = merge_devices(part, lam, axis_name)
+            part, share, _ = merge_devices(part, lam, axis_name)
         factor, state = rec.step(part.risk, part.kl, state)
         return (factor * share * part.weight * batch.shares).astype(losses.dtype), state
 

@@ -4,25 +4,29 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from absgd_jax._validate import check_temperature
+from absgd_jax._tilt import wide
+from absgd_jax._validate import check_max_weight, check_temperature
 
 
-def attention_weights(losses: ArrayLike, risk: ArrayLike, temperature: ArrayLike) -> jax.Array:
+def attention_weights(
+    losses: ArrayLike, risk: ArrayLike, temperature: ArrayLike, *, max_weight: ArrayLike = float("inf")
+) -> jax.Array:
     r"""How far each loss lies above the running robust risk, measured in λ and exponentiated.
 
-    .. math:: \tilde p_i = e^{(L_i - R)/\lambda}
+    .. math:: \tilde p_i = \min\big(e^{(L_i - R)/\lambda},\, c\big)
 
     Args:
       losses: per-example losses, any shape, in units of loss.
       risk: R = λ log s, the running robust risk (``state.risk``), broadcast against ``losses``. With the paper's
         s_0 = 0 divide the result by ``state.mass``, which is 1 after a few steps.
       temperature: λ, broadcast against ``losses``. At ±inf every weight is 1.
+      max_weight: c, the largest weight, as for :func:`absgd_jax.scale_by_absgd`.
 
     Returns:
       p̃, of the broadcast shape, float32 or wider; 1 is the weight that SGD gives.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or 0.
+      ValueError: if ``temperature`` is NaN or 0, or ``max_weight`` is not above 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -34,9 +38,10 @@ def attention_weights(losses: ArrayLike, risk: ArrayLike, temperature: ArrayLike
       Qi et al., `Attentional-Biased Stochastic Gradient Descent <https://arxiv.org/abs/2012.06951>`_, eq. (5).
     """
     check_temperature(temperature)
+    check_max_weight(max_weight)
     losses = jnp.asarray(losses)
-    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-    return jnp.exp((losses - risk) / temperature)
+    losses = losses.astype(wide(losses.dtype))
+    return jnp.minimum(jnp.exp((losses - risk) / temperature), max_weight)
 
 
 def effective_sample_size(weights: ArrayLike, *, axis: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -60,8 +65,8 @@ def effective_sample_size(weights: ArrayLike, *, axis: int | tuple[int, ...] | N
       Kish, *Survey Sampling*, 1965.
     """
     weights = jnp.asarray(weights)
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
-    largest = jnp.max(weights, axis, keepdims=True)
+    weights = weights.astype(wide(weights.dtype))
+    largest = jnp.max(weights, axis, keepdims=True, initial=0)
     weights = weights / jnp.where(largest > 0, largest, 1)  # so that no square under- or overflows
     squares = jnp.sum(weights**2, axis)
     return jnp.sum(weights, axis) ** 2 / jnp.where(squares > 0, squares, 1)

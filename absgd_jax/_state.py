@@ -1,0 +1,47 @@
+"""The state of the method: four numbers of the recursion, and the bound on the weights."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from absgd_jax._tilt import is_infinite
+
+
+class ScaleByAbsgdState(NamedTuple):
+    """The running robust risk, kept in units of loss: the paper's s_t is ``mass * exp(risk / temperature)``.
+
+    An infinite λ or bound is kept as the largest finite number of the dtype.
+
+    Attributes:
+      count: number of updates so far.
+      risk: R_t, the running robust risk, worth logging: a loss as large as it has weight 1. Unless the weights are
+        bounded it is the running value of the objective F_λ. At λ = ±inf the last batch's mean loss.
+      temperature: λ with which the next batch is to be reduced.
+      mass: total weight 1 - (1 - γ)^t of the batches in ``risk``; 0 until λ is finite, so that leaving λ = ∞ restarts.
+      max_weight: c, the largest weight exp((L - risk)/λ) that an example can have.
+    """
+
+    count: jax.Array  # shape=(), dtype=int32
+    risk: jax.Array  # shape=(), dtype=float32 or float64
+    temperature: jax.Array  # shape=(), dtype=float32 or float64
+    mass: jax.Array  # shape=(), dtype=float32 or float64
+    max_weight: jax.Array  # shape=(), dtype=float32 or float64
+
+    @property
+    def threshold(self) -> jax.Array:
+        """The loss of weight ``max_weight``, risk + λ log(max_weight), for :func:`absgd_jax.entropic_risk`."""
+        return threshold(self.risk, self.temperature, self.max_weight)
+
+
+def threshold(risk: jax.Array, temperature: jax.Array, max_weight: jax.Array) -> jax.Array:
+    """The loss beyond which weights grow no more; the largest number (for λ < 0 the smallest) if there is no bound."""
+    largest = jnp.copysign(jnp.finfo(risk.dtype).max, temperature)
+    unbounded = is_infinite(max_weight) | is_infinite(temperature)
+    return jnp.where(unbounded, largest, risk + jnp.where(unbounded, 0, temperature) * jnp.log(max_weight))
+
+
+def keep_finite(value, dtype) -> jax.Array:
+    """``value`` as an array of its own (the caller may donate the other) in which ±∞ is the largest finite number."""
+    largest = jnp.finfo(dtype).max
+    return jnp.clip(jnp.array(value, dtype), -largest, largest)
