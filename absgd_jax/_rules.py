@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from absgd_jax._state import ScaleByAbsgdState
@@ -25,6 +26,8 @@ class Rule(NamedTuple):
         reduced, and ``kl`` is that batch's KL̂; ``kl`` is None when the state is made. For γ, ``state`` is that before
         the batch and ``kl`` is None; γ may come as the pair (γ, 1 - γ), if the latter would be lost to rounding.
       radius: the KL distance ρ at which the rule aims, if it reads ``kl``; None if it does not.
+
+    The library's rules are pytrees: their numbers may be traced, and they may be passed through ``jit`` and ``vmap``.
 
     With a rule for λ the mean weight g̃/s of a batch is held at 1 where it is greater, because R lags behind a λ that
     falls.
@@ -89,21 +92,14 @@ def adaptive_gamma(log_alpha: ArrayLike) -> Rule:
       `SCENT <https://arxiv.org/abs/2602.02877>`_, 2026.
     """
     check_finite("log_alpha", log_alpha)
-
-    def at(state, kl):
-        del kl
-        logit = log_alpha + state.risk / state.temperature
-        # 1 - γ has a sigmoid of its own, because it matters most where γ rounds to 1.
-        return jnp.where(state.mass == 0, 1, jax.nn.sigmoid(logit)), jax.nn.sigmoid(-logit)
-
-    return Rule(at)
+    return Rule(Partial(_scent, log_alpha))
 
 
-def _mirror_step(temperature, kl, rho, step_size):
-    """One step on log|λ|, kept away from 0 and ∞ so that it can always come back."""
-    bound = math.sqrt(jnp.finfo(temperature.dtype).max)
-    size = jnp.abs(temperature) * jnp.exp(step_size * (kl - rho))
-    return jnp.copysign(jnp.clip(size, 1 / bound, bound), temperature)
+def _scent(log_alpha, state, kl):
+    del kl
+    logit = log_alpha + state.risk / state.temperature
+    # 1 - γ has a sigmoid of its own, because it matters most where γ rounds to 1.
+    return jnp.where(state.mass == 0, 1, jax.nn.sigmoid(logit)), jax.nn.sigmoid(-logit)
 
 
 def kl_radius(
@@ -160,14 +156,19 @@ def kl_radius(
     check_positive("step_size", step_size)
     if batch_size is not None:
         check_radius(rho, batch_size)
+    return Rule(Partial(_within_radius, rho, init, step_size), rho)
 
-    def at(state, kl):
-        if kl is None:
-            return init
-        step = _mirror_step(state.temperature, kl, rho, step_size)
-        return jnp.where(is_infinite(state.temperature), init, step)
 
-    return Rule(at, rho)
+def _within_radius(rho, init, step_size, state, kl):
+    return init if kl is None else _mirror_step(rho, step_size, init, state.temperature, kl)
+
+
+def _mirror_step(rho, step_size, start, temperature, kl):
+    """One step on log|λ|, kept away from 0 and ∞ so that it can always come back; at ∞ the start."""
+    bound = math.sqrt(jnp.finfo(temperature.dtype).max)
+    size = jnp.abs(temperature) * jnp.exp(step_size * (kl - rho))
+    step = jnp.copysign(jnp.clip(size, 1 / bound, bound), temperature)
+    return jnp.where(is_infinite(temperature), start, step)
 
 
 def _fraction_rule(fraction, sign, step_size, batch_size):
@@ -178,16 +179,15 @@ def _fraction_rule(fraction, sign, step_size, batch_size):
     rho = -math.log(number) if number is not None else -jnp.log(fraction)
     if batch_size is not None:
         check_radius(rho, batch_size)
+    return Rule(Partial(_within_fraction, rho, sign, step_size), rho)
 
-    def at(state, kl):
-        if kl is None:
-            return sign * jnp.inf
-        step = _mirror_step(state.temperature, kl, rho, step_size)
-        start = sign * 10 * jnp.abs(state.risk)  # many times the spread of the losses, in whatever unit they are
-        start = jnp.where(start == 0, sign * jnp.inf, start)
-        return jnp.where(is_infinite(state.temperature), start, step)
 
-    return Rule(at, rho)
+def _within_fraction(rho, sign, step_size, state, kl):
+    if kl is None:
+        return sign * jnp.inf
+    start = 10 * jnp.abs(state.risk)  # many times the spread of the losses, in whatever unit they are
+    start = sign * jnp.where(start == 0, jnp.inf, start)
+    return _mirror_step(rho, step_size, start, state.temperature, kl)
 
 
 def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_size: int | None = None) -> Rule:

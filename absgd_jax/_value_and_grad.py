@@ -209,8 +209,8 @@ def _leave(how: AccumulationType, examples: int, x: jax.Array) -> jax.Array:
     if how in (AccumulationType.MEAN, AccumulationType.RUNNING_MEAN) and jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.mean(x, axis=0)
     raise ValueError(
-        f"aux has a leaf of shape {x.shape[1:]} and dtype {x.dtype}, which cannot leave the micro-batches by {how}: CONCAT "
-        f"needs the examples (here {examples} a micro-batch) as first axis, MEAN needs floating-point numbers."
+        f"aux has a leaf of shape {x.shape[1:]} and dtype {x.dtype}, which cannot leave the micro-batches by {how}: "
+        f"CONCAT needs the examples (here {examples} a micro-batch) as first axis, MEAN needs floating-point numbers."
     )
 
 

@@ -40,4 +40,4 @@ def test_two_processes_give_the_parameters_of_one():
     for one in pair:
         assert one["processes"] == 2
         for form in ("shard_map", "sharded arrays"):
-            np.testing.assert_allclose(one[form], alone["shard_map"], rtol=1e-6, err_msg=form)
+            np.testing.assert_allclose(one[form], alone["shard_map"], rtol=3e-6, err_msg=form)
