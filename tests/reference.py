@@ -37,6 +37,25 @@ def algorithm1(
     return w, np.array(weights), np.array(log_s)
 
 
+def bounded_algorithm1(losses, *, temperature, gamma, max_weight, bias_correction=False):
+    """Algorithm 1 with weights min(exp((L - R_t)/λ), c) relative to the risk R_t before the batch.
+
+    The first of the batches (T, B) is taken as by SGD; its mean loss is the first R. Returns p̃ (T, B) and R after each.
+    """
+    real = np.longdouble
+    losses, lam, gamma, c = losses.astype(real), real(temperature), real(gamma), real(max_weight)
+    risk, mass = np.mean(losses[0]), real(0)
+    weights, risks = [np.ones_like(losses[0])], [risk]
+    for batch in losses[1:]:
+        w = np.minimum(np.exp((batch - risk) / lam), c)  # relative to exp(R_t/λ), as is s below
+        s = (1 - gamma) * mass + gamma * np.mean(w)
+        mass = (1 - gamma) * mass + gamma
+        weights.append(w / (s / mass if bias_correction else s))
+        risk = risk + lam * np.log(s / mass)
+        risks.append(risk)
+    return np.array(weights), np.array(risks)
+
+
 def entropic_risk(losses, temperature, weights=None, digits=60):
     """λ log Σ w exp(L/λ), its gradient p̂ and KL(p̂ ‖ w), in ``digits`` decimal digits."""
     with mpmath.workdps(digits):

@@ -1,0 +1,186 @@
+"""Rules for λ and γ: the one protocol, the fraction that is trusted or focused on, and a user's own."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import absgd_jax
+from absgd_jax import Rule, focus_fraction, kl_radius, trust_fraction
+
+rng = np.random.default_rng(0)
+
+
+def mixture(steps, batch=250, hard=0.4, scale=1.0, seed=0):
+    """Losses of which a fraction is far above the others; the first ones of each batch."""
+    rng = np.random.default_rng(seed)
+    losses = rng.normal(1.0, 0.2, size=(steps, batch))
+    losses[:, : round(hard * batch)] = rng.normal(4.0, 0.5, size=(steps, round(hard * batch)))
+    return np.float32(scale * losses)
+
+
+def follow(rule, batches, **rules):
+    """The weights of the last batch, λ of every step, and the effective fraction exp(-KL) over the last tenth."""
+    weighting = absgd_jax.weight_by_absgd(rule, **rules)
+
+    def step(state, losses):
+        weights, new = weighting.update(losses, state)
+        share = weights / jnp.sum(weights)
+        kl = jnp.sum(jnp.where(share > 0, share * jnp.log(share * losses.size), 0))
+        return new, (weights, state.temperature, kl)
+
+    _, (weights, lam, kl) = jax.lax.scan(step, weighting.init(), batches)
+    return weights[-1], lam, jnp.exp(-jnp.mean(kl[-len(kl) // 10 :]))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.6, 0.8])
+def test_the_fraction_to_trust_is_reached_and_made_of_the_small_losses(fraction):
+    batches = mixture(1500)
+    weights, lam, reached = follow(trust_fraction(fraction), batches)
+    assert reached == pytest.approx(fraction, abs=0.01)
+    wrong = weights[:100].sum() / weights.sum()
+    # The right ones are 60 %: up to that all weight is theirs, beyond it the rest goes to the wrong ones.
+    assert wrong < 0.02 if fraction <= 0.6 else 0.1 < wrong < 0.3
+    assert lam[0] == -np.finfo(np.float32).max
+    assert lam[1] == pytest.approx(-10 * batches[0].mean(), rel=1e-5)
+    assert (lam < 0).all()
+    assert (np.diff(lam[1:100]) > 0).all()  # it comes down slowly
+    assert (lam[2:] / lam[1:-1] > 0.97).all()
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_the_fraction_to_focus_on_is_reached_and_made_of_the_large_losses(fraction):
+    weights, lam, reached = follow(focus_fraction(fraction), mixture(600, hard=0.3))
+    assert reached == pytest.approx(fraction, abs=0.02)
+    assert weights[:75].sum() / weights.sum() > 0.95
+    assert (lam > 0).all()
+
+
+def test_a_fraction_is_free_of_the_unit_of_loss():
+    ends = [follow(trust_fraction(0.6), mixture(300, scale=scale)) for scale in (1.0, 1024.0)]
+    np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(ends[1][1][1:], 1024 * ends[0][1][1:], rtol=2e-4)
+
+
+def test_losses_of_zero_leave_a_fraction_at_infinity_until_there_is_a_scale():
+    weighting = absgd_jax.weight_by_absgd(trust_fraction(0.6))
+    weights, state = weighting.update(jnp.zeros(8), weighting.init())
+    np.testing.assert_array_equal(weights, 1)
+    assert state.temperature == -np.finfo(np.float32).max
+    _, state = weighting.update(jnp.ones(8), state)
+    assert state.temperature == -10
+
+
+@pytest.mark.parametrize("make", [trust_fraction, focus_fraction])
+@pytest.mark.parametrize("bad", [0, 1, -0.2, 1.5, float("nan"), np.float32(0.0)])
+def test_a_fraction_outside_0_and_1_is_refused(make, bad):
+    with pytest.raises(ValueError, match=r"fraction=.*between 0 and 1"):
+        make(bad)
+
+
+def test_a_fraction_of_less_than_an_example_is_refused():
+    with pytest.raises(ValueError, match=r"fraction of 0.01\).*log\(32\).*larger fraction"):
+        trust_fraction(0.01, batch_size=32)
+    weighting = absgd_jax.weight_by_absgd(focus_fraction(0.2))
+    with pytest.raises(ValueError, match=r"log\(4\)"):
+        weighting.update(jnp.ones(4), weighting.init())
+
+
+def test_the_numbers_of_a_rule_may_be_traced_and_mapped():
+    batches = mixture(50)
+    for make, values in ((trust_fraction, (0.6, 0.8)), (kl_radius, (0.3, 0.7))):
+        end = lambda value, make=make: follow(make(value), batches)[0]  # noqa: E731
+        together = jax.vmap(end)(jnp.array(values))
+        inits = jax.vmap(lambda init: follow(kl_radius(0.5, init=init), batches)[0])(jnp.array([2.0, -3.0]))
+        for i, value in enumerate(values):
+            np.testing.assert_allclose(together[i], end(value), rtol=1e-4)
+            np.testing.assert_allclose(inits[i], follow(kl_radius(0.5, init=(2.0, -3.0)[i]), batches)[0], rtol=1e-4)
+    rule = jax.tree.map(jnp.float32, kl_radius(0.5, init=-2.0))  # a rule is a pytree and passes through jit
+    through = jax.jit(lambda rule: follow(rule, batches)[0])(rule)
+    np.testing.assert_allclose(through, follow(kl_radius(0.5, init=-2.0), batches)[0], rtol=1e-5)
+    check = jnp.array(2.0)  # an array passes unchecked, and is not read
+    assert kl_radius(check, batch_size=2).radius is check
+
+
+def test_numpy_numbers_are_checked_as_python_s_are():
+    for bad in (np.float32("nan"), np.float64(-1.0), np.array(0.0)):
+        with pytest.raises(ValueError, match="rho="):
+            kl_radius(bad)
+    for bad in (np.float32("inf"), np.int64(0)):
+        with pytest.raises(ValueError, match="init="):
+            kl_radius(0.5, init=bad)
+    for bad in (np.float32(0), np.float64(1.5), np.array(-0.1)):
+        with pytest.raises(ValueError, match="gamma="):
+            absgd_jax.scale_by_absgd(1.0, bad)
+    for bad in (np.float32("nan"), np.array(0), np.int32(0)):
+        with pytest.raises(ValueError, match="temperature="):
+            absgd_jax.scale_by_absgd(bad)
+    with pytest.raises(ValueError, match=r"log\(4\)"):
+        kl_radius(np.float32(2.0), batch_size=np.int64(4))
+
+
+def test_a_rule_of_one_s_own_for_the_temperature_in_every_form():
+    def twice_the_risk(state, kl):
+        assert kl is None  # no radius: nobody has to pass kl
+        return jnp.where(state.count == 0, jnp.inf, 2 * state.risk)
+
+    optimizer, losses = absgd_jax.absgd(0.1, Rule(twice_the_risk)), jnp.float32(rng.exponential(size=(5, 8)))
+    w, risk = jnp.zeros(()), None
+    state = optimizer.init(w)
+    f = jax.jit(absgd_jax.value_and_grad(lambda w, x: x + 0 * w))
+    for t, batch in enumerate(losses):
+        lam = jnp.inf if t == 0 else 2 * float(risk)
+        value, grad = f(w, batch, state=state)
+        np.testing.assert_allclose(value, absgd_jax.entropic_risk(batch, lam), rtol=1e-5)
+        _, state = jax.jit(optimizer.update)(grad, state, w, value=value)
+        risk = state[0].risk
+        np.testing.assert_allclose(state[0].temperature, 2 * risk, rtol=1e-6)
+
+
+def test_a_rule_of_one_s_own_for_gamma_and_one_that_reads_kl():
+    losses = np.float32(rng.exponential(size=(6, 8)))
+    half_life = Rule(lambda state, kl: 1 / (1 + state.count))  # the plain mean of all batches
+    state = absgd_jax.weight_by_absgd(1.0, half_life).init()
+    for batch in losses:
+        _, state = absgd_jax.weight_by_absgd(1.0, half_life).update(batch, state)
+    np.testing.assert_allclose(state.risk, np.log(np.mean(np.exp(np.float64(losses)))), rtol=1e-5)
+
+    seen = []
+    rule = Rule(lambda state, kl: 1.0 if kl is None else seen.append(kl) or 1.0, radius=0.1)
+    with pytest.raises(TypeError, match="kl=kl"):
+        absgd_jax.scale_by_absgd(rule).update(jnp.ones(1), absgd_jax.scale_by_absgd(rule).init(jnp.ones(1)), value=1.0)
+    weighting = absgd_jax.weight_by_absgd(rule)
+    weighting.update(losses[0], weighting.init())
+    share = np.exp(losses[0]) / np.exp(losses[0]).sum()
+    np.testing.assert_allclose(seen[0], np.sum(share * np.log(8 * share)), rtol=1e-5)
+
+
+def test_a_rule_whose_value_is_not_a_scalar_is_refused():
+    for rules in ((Rule(lambda state, kl: jnp.ones(2)),), (lambda count: jnp.ones(1),)):
+        with pytest.raises(ValueError, match=r"temperature has shape \(.*scalar"):
+            absgd_jax.scale_by_absgd(*rules).init(jnp.ones(2))
+    optimizer = absgd_jax.scale_by_absgd(1.0, lambda count: jnp.ones(1))
+    with pytest.raises(ValueError, match=r"gamma has shape \(1,\)"):
+        optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), value=1.0)
+
+
+def test_rules_work_in_the_optimizers_under_injection_and_apply_if_finite():
+    w = jnp.zeros(())
+    for wrap in (lambda o: o, lambda o: optax.apply_if_finite(o, 3)):
+        optimizer = wrap(absgd_jax.absgd(0.1, trust_fraction(0.6), momentum=None))
+        state, f = optimizer.init(w), absgd_jax.value_and_grad(lambda w, x: x * (1 + w), with_kl=True)
+        for batch in mixture(40):
+            (risk, kl), grad = f(w, batch, state=state)
+            _, state = optimizer.update(grad, state, w, value=risk, kl=kl)
+        lam = optax.tree.get(state, "temperature")
+        before = jax.tree.map(jnp.copy, state)
+        (risk, kl), grad = f(w, jnp.full(250, jnp.nan), state=state)
+        _, state = optimizer.update(grad, state, w, value=risk, kl=kl)
+        assert optax.tree.get(state, "temperature") == lam  # a broken batch moves no λ
+        assert optax.tree.get(state, "risk") == optax.tree.get(before, "risk")
+    injected = optax.inject_hyperparams(partial(absgd_jax.absgd, temperature=trust_fraction(0.6)))(0.1)
+    state = injected.init(w)
+    assert absgd_jax.value_and_grad(lambda w, x: x)(w, jnp.arange(3.0), state=state)[0] == 1
