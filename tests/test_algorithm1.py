@@ -69,7 +69,7 @@ def test_parameters_and_risk_of_the_gradient_door(batch_size, dtype):
 @pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("gamma", [0.05, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [-2.0, 0.1, 1.0, 30.0])
-def test_weights_and_state_of_the_loss_door(temperature, gamma, bias_correction):
+def test_weights_and_state_of_the_loss_level_weights(temperature, gamma, bias_correction):
     losses, gradients, w = make_stream(16, np.float32)
     weighting = absgd_jax.weight_by_absgd(temperature, gamma, bias_correction=bias_correction)
 
@@ -177,3 +177,71 @@ def test_kl_radius_survives_batches_without_any_spread():
         weights, state = weighting.update(losses, state)
         assert np.all(np.isfinite(weights))
         assert 0 < state.temperature < np.inf
+
+
+COSINE = np.array([0.5 * (1 + np.cos(np.pi * min(t, 6) / 6)) for t in range(10)])
+GAMMAS = {
+    "falls to 0": COSINE,
+    "0 in between": np.array([0.5, 0, 0.5, 0, 0, 0.2, 1, 0, 0.9, 0]),
+    "denormal": np.array([0.5, *[1e-42] * 9]),
+    "tiny": np.array([0.9, *[1e-7, 3e-6, 1e-12] * 3]),
+}
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("lam", [1.0, -0.5])
+@pytest.mark.parametrize("name", GAMMAS)
+def test_a_gamma_of_zero_leaves_the_past_as_it_is(name, lam, bias_correction):
+    gammas = GAMMAS[name]
+    values = np.linspace(3, 1, 10) + 0.3 * np.sin(np.arange(10))
+    expected, s, mass = [], 0.0, 0.0
+    for value, gamma in zip(values, gammas, strict=True):
+        s, mass = (1 - gamma) * s + gamma * np.exp(value / lam), (1 - gamma) * mass + gamma
+        expected.append(np.exp(value / lam) / (s / mass if bias_correction else s))
+    schedule = lambda count: jnp.asarray(gammas, jnp.result_type(float))[count]  # noqa: E731
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            optimizer = absgd_jax.scale_by_absgd(lam, schedule, bias_correction=bias_correction)
+            state, actual = optimizer.init(jnp.ones(())), []
+            for value in values:
+                update, state = jax.jit(optimizer.update)(jnp.ones(()), state, value=value)
+                actual.append(update)
+        np.testing.assert_allclose(actual, expected, rtol=1e-10 if wide else 3e-5)
+
+
+@pytest.mark.parametrize(("lam", "log_alpha", "value"), [(-0.02, -1.0, 2.3), (0.5, -1.0, -60.0), (-2.0, 0.0, 300.0)])
+def test_an_adaptive_gamma_that_underflows_has_the_weights_of_the_recursion(lam, log_alpha, value):
+    weighting = absgd_jax.weight_by_absgd(lam, absgd_jax.adaptive_gamma(log_alpha))
+    state = weighting.init()
+    assert jax.nn.sigmoid(jnp.float32(log_alpha + value / lam)) == 0
+    for drop in (0.0, 0.0, 0.1, 0.2):  # γ is 0 to 26 digits, so s stays that of the first batch
+        weights, state = weighting.update(jnp.full(4, value - drop * abs(lam)), state)
+        np.testing.assert_allclose(weights, np.exp(-drop * np.sign(lam)), rtol=1e-4)
+        assert np.isfinite(state.risk)
+
+
+def test_a_gamma_of_zero_before_anything_was_seen_is_the_softmax_of_the_batch():
+    weighting = absgd_jax.weight_by_absgd(1.0, lambda count: jnp.where(count < 2, 0.0, 0.5))
+    state = weighting.init()
+    for _ in range(2):
+        weights, state = weighting.update(jnp.arange(4.0), state)
+        np.testing.assert_allclose(weights, 4 * np.exp(np.arange(4.0)) / np.exp(np.arange(4.0)).sum(), rtol=1e-6)
+        assert (state.mass, state.risk) == (0, 0)
+    _, state = weighting.update(jnp.arange(4.0), state)
+    np.testing.assert_allclose(state.risk, np.log(np.mean(np.exp(np.arange(4.0)))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("lam", [1.0, -1.0])
+def test_a_schedule_that_runs_into_zero_stops_training_with_finite_numbers(lam):
+    schedule = lambda count: lam * jnp.maximum(1 - count / 4, 0.0)  # noqa: E731
+    optimizer = absgd_jax.absgd(0.1, schedule, momentum=None)
+    state, w = optimizer.init(jnp.ones(())), jnp.ones(())
+    f, updates = absgd_jax.value_and_grad(lambda w, x: w * x), []
+    for t in range(8):
+        risk, grad = f(w, jnp.arange(1.0, 5.0) - lam * t, state=state)  # risks fall for λ > 0, and rise for λ < 0
+        update, state = optimizer.update(grad, state, w, value=risk)
+        updates.append(float(update))
+        assert np.isfinite(update)
+        assert np.isfinite(state[0].risk)
+    assert all(updates[:4])
+    assert not any(updates[5:])
