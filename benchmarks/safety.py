@@ -201,13 +201,13 @@ def truth(case: Case, keeps_risk: bool) -> Truth:
 
 
 def ours(case: Case) -> np.ndarray:
-    """p̃ through both doors, shape (2, T, B)."""
+    """p̃ through both APIs, shape (2, T, B)."""
     arrays = (jnp.asarray(a) for a in (case.losses, case.where, case.temperatures))
-    return np.asarray(_both_doors(*arrays, case.gamma))
+    return np.asarray(_both_apis(*arrays, case.gamma))
 
 
 @partial(jax.jit, static_argnames="gamma")
-def _both_doors(losses: jax.Array, where: jax.Array, temperatures: jax.Array, gamma: float) -> jax.Array:
+def _both_apis(losses: jax.Array, where: jax.Array, temperatures: jax.Array, gamma: float) -> jax.Array:
     """The gradient of the risk by the losses themselves goes through the optimizer, which returns p̃/B."""
     weighting = absgd_jax.weight_by_absgd(temperatures.__getitem__, gamma)
     # What the documentation of scale_by_absgd asks for where batches may be broken.
@@ -258,7 +258,7 @@ METHODS = {OURS: Method(ours, True), PUBLISHED: Method(published, False, ("torch
 
 
 def judge(case: Case, found: np.ndarray | None, expected: Truth) -> Record:
-    """Compares the weights of a method, shape (doors, T, B), with the truth; None cannot be compared."""
+    """Compares the weights of a method, shape (APIs, T, B), with the truth; None cannot be compared."""
     if found is None:
         return {"relative_error": None, "finite": None, "right": None, "recovers": None, "note": "has no mask"}
     info = jnp.finfo(case.losses.dtype)

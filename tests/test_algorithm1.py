@@ -1,4 +1,4 @@
-"""Both doors against a literal transcription of Algorithm 1, over 200 steps."""
+"""Both APIs against a literal transcription of Algorithm 1, over 200 steps."""
 
 import itertools
 from functools import partial
@@ -44,7 +44,7 @@ def through_gradients(losses, gradients, w, temperature, gamma, momentum, weight
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("batch_size", [1, 7, 128])
-def test_parameters_and_risk_of_the_gradient_door(batch_size, dtype):
+def test_parameters_and_risk_at_the_level_of_the_gradient(batch_size, dtype):
     with jax.enable_x64(dtype == np.float64):
         losses, gradients, w = make_stream(batch_size, dtype)
         settings = np.array([(lam, gamma, *rest) for lam, gamma, rest in GRID], dtype)

@@ -568,7 +568,7 @@ def test_infinite_temperature_is_momentum_sgd_when_compiled(options, size):
     assert_trees(assert_allclose, *both_trajectories(options, size, 10, jax.jit), rtol=2e-6, atol=1e-6)
 
 
-# --- the two doors ----------------------------------------------------------------------------------------------------
+# --- both APIs ------------------------------------------------------------------------------------------------------
 
 DOORS = {
     "positive": (2.0, 0.9, False),
@@ -584,7 +584,7 @@ DOORS = {
 
 
 @pytest.mark.parametrize(("temperature", "gamma", "bias_correction"), DOORS.values(), ids=DOORS)
-def test_both_doors_take_the_same_path(temperature, gamma, bias_correction):
+def test_both_apis_take_the_same_path(temperature, gamma, bias_correction):
     weighting = weight_by_absgd(temperature, gamma, bias_correction=bias_correction)
     transform = scale_by_absgd(temperature, gamma, bias_correction=bias_correction)
     sgd = optax.sgd(0.01, momentum=0.9)
