@@ -9,24 +9,25 @@ PAD = 4
 SIZE = 32
 
 
-def pad(images: jax.Array) -> jax.Array:
-    """Frames images (N, 32, 32, 3) with 4 black pixels, to (N, 40, 40, 3)."""
-    return jnp.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+def pad(images: jax.Array, pixels: int = PAD) -> jax.Array:
+    """Frames images (N, 32, 32, 3) with black pixels, to (N, 40, 40, 3) if 4."""
+    return jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
 
 
-def crop_and_flip(padded: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
+def crop_and_flip(padded: jax.Array, batch: jax.Array, key: jax.Array, pixels: int = PAD) -> jax.Array:
     """A random crop, mirrored half of the time, of each image of a batch, in one gather.
 
     Args:
       padded: framed images, shape (N, 40, 40, 3).
       batch: indices of the batch's images, shape (B,).
       key: the random key.
+      pixels: the width of the frame.
 
     Returns:
       Images, shape (B, 32, 32, 3).
     """
     corner_key, flip_key = jax.random.split(key)
-    top, left = jax.random.randint(corner_key, (2, batch.size, 1), 0, 2 * PAD + 1)
+    top, left = jax.random.randint(corner_key, (2, batch.size, 1), 0, 2 * pixels + 1)
     flip = jax.random.bernoulli(flip_key, shape=(batch.size, 1))
     along = jnp.arange(SIZE)
     rows = top + along

@@ -55,6 +55,24 @@ def symmetric(labels: np.ndarray, rate: float, classes: int, seed: int) -> np.nd
     return noisy
 
 
+# What CIFAR-10's classes are taken for (Patrini et al. 2017): truck for automobile, bird for airplane, deer for horse,
+# and cat and dog for each other.
+LOOKALIKE = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+
+
+def wrong(kind: str, labels: np.ndarray, rate: float, classes: int, seed: int) -> np.ndarray:
+    """Labels with symmetric (``sym``) or asymmetric (``asym``) noise.
+
+    Asymmetric noise replaces each label of some classes with probability ``rate`` by that of a similar class: see
+    ``LOOKALIKE`` for CIFAR-10; of more classes, each by the next.
+    """
+    if kind == "sym":
+        return symmetric(labels, rate, classes, seed)
+    following = np.array([LOOKALIKE.get(c, c) if classes == 10 else (c + 1) % classes for c in range(classes)])
+    replaced = np.random.default_rng([seed, 1]).random(len(labels)) < rate
+    return np.where(replaced, following[labels], labels).astype(labels.dtype)
+
+
 def human(dataset: str, kind: str, data_dir: Path, clean: np.ndarray | None = None) -> np.ndarray:
     """The labels that people gave to the training images, in the order of the archives; downloaded where missing.
 

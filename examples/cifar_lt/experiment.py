@@ -1,0 +1,209 @@
+"""The paper's CIFAR tables, and wrong labels: presets and tables, and how a recipe becomes a run.
+
+python -m examples.cifar_lt train --preset fast --method absgd --temperature 1
+python -m examples.cifar_lt sweep --preset fast --tables 1 --datasets cifar10-lt-100
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from examples.cifar_lt.task import Cifar
+from examples.lab.config import SGD, Run, Stage
+from examples.lab.experiment import Experiment
+from examples.lab.losses import NEEDS_COSINES
+from examples.lab.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CifarRecipe(Recipe):
+    """Trains a network on an imbalanced subset of CIFAR, or on wrong labels."""
+
+    dataset: str = "cifar10-lt-100"
+    """cifar10 or cifar100, long tail (lt) or step (st), imbalance ratio; for wrong labels see the README."""
+    network: str = "wide"
+    """wide, or resnet-<depth>-<channels of the first stage>."""
+    epochs: int = 20
+    """All epochs."""
+    begin: float = 0.8
+    """Part of the epochs before the second stage: λ, class weights, batches and trained layers change there."""
+    rate: float = 0.4
+    """Peak of the learning rate."""
+    decay: float = 0.01
+    """Of a ResNet: factor on the learning rate after 80 %, and again after 90 % of the epochs."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay."""
+    batch_size: int = 256
+    """Images in a step."""
+    trained: str = "all"
+    """What the second stage trains: all, last-block (with the classifier) or classifier."""
+    mixup: bool = False
+    """Mix each image with another one of the batch."""
+    label_smoothing: float = 0.0
+    """Part of the label that is spread over all classes."""
+    n_max: int | None = None
+    """Training images of the largest class. None takes all there are."""
+    test_per_class: int | None = None
+    """Test images of each class. None takes all there are."""
+
+    def rules(self):
+        parts = self.network.split("-")
+        resnet = parts[0] == "resnet" and len(parts) == 3 and all(part.isdigit() for part in parts[1:])
+        depth = int(parts[1]) if resnet else 0
+        return super().rules() | {
+            f"--network {self.network}: wide, or resnet-<depth>-<channels> with a depth of 6n + 2": self.network
+            == "wide"
+            or (depth >= 8 and depth % 6 == 2 and int(parts[2]) >= 1),
+            f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
+            f"--begin {self.begin}: it must be from 0 to 1": 0 <= self.begin <= 1,
+            f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
+            f"--decay {self.decay}: it must be above 0 and at most 1": 0 < self.decay <= 1,
+            f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
+            f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
+            f"--batch-size {self.batch_size}: it must be at least 1": self.batch_size >= 1,
+            f"--trained {self.trained}: choose from {', '.join(Cifar.PARTS)}": self.trained in Cifar.PARTS,
+            f"--label-smoothing {self.label_smoothing}: it must be at least 0 and less than 1": (
+                0 <= self.label_smoothing < 1
+            ),
+            f"--n-max {self.n_max}: it must be at least 1": self.n_max is None or self.n_max >= 1,
+            f"--test-per-class {self.test_per_class}: it must be from 1 to 1000": (
+                self.test_per_class is None or 1 <= self.test_per_class <= 1000
+            ),
+            "--classifier replaces a linear classifier, and LDAM's is none": self.classifier is None
+            or self.loss.removeprefix("cb-") not in NEEDS_COSINES,
+        }
+
+
+def make_run(recipe: CifarRecipe) -> Run:
+    """Stages: wherever the learning rate turns, and where the second stage begins."""
+    turn, by_epoch = round(recipe.begin * recipe.epochs), recipe.network != "wide"
+    shared = {
+        "batch_size": recipe.batch_size,
+        "momentum": recipe.momentum,
+        "weight_decay": recipe.weight_decay,
+        "nesterov": recipe.network == "wide",
+        "rate_by_epoch": by_epoch,
+        "mixup": recipe.mixup,
+        "label_smoothing": recipe.label_smoothing,
+        "balanced_batches": recipe.balanced_batches,
+    }
+    first = {"loss": recipe.loss.removeprefix("cb-"), "method": SGD} | shared
+    second = first | {
+        "method": recipe.make_method(),
+        "class_weights": recipe.loss.startswith("cb-"),
+        "trained": recipe.trained,
+    }
+    stages, done = [], 0
+    for epochs, rates in _cut(_rates(recipe), turn, by_epoch):
+        stages.append(Stage(epochs=epochs, rate=rates, **(first if done < turn else second)))
+        done += epochs
+    if recipe.classifier is not None:
+        stages.append(Stage(classifier=recipe.classifier, loss=first["loss"]))
+    task = Cifar(
+        dataset=recipe.dataset,
+        network_name=recipe.network,
+        shift=2 if recipe.network == "wide" else 4,
+        flipped_test=recipe.network == "wide",
+        n_max=recipe.n_max,
+        test_per_class=recipe.test_per_class,
+        validation=recipe.validation,
+        subset_seed=recipe.subset_seed,
+    )
+    task.parsed  # noqa: B018  a name that is wrong is found before anything is trained
+    return Run(task=task, seed=recipe.seed, stages=tuple(stages))
+
+
+def _rates(recipe: CifarRecipe) -> list[tuple[int, tuple[float, float]]]:
+    """Epochs in which the learning rate is linear, and its ends."""
+    peak, epochs = recipe.rate, recipe.epochs
+    if recipe.network == "wide":
+        rise = round(0.2 * epochs)
+        return [(rise, (0.0, peak)), (epochs - rise, (peak, 0.0))]
+    # As the published code: rising by epochs to the peak, divided after 80 % and again after 90 %.
+    rise, first, second = min(5, epochs // 4), math.ceil(0.8 * epochs), math.ceil(0.9 * epochs)
+    low, lowest = peak * recipe.decay, peak * recipe.decay * recipe.decay
+    parts = [(rise, (peak / max(rise, 1), peak)), (first - rise, (peak, peak))]
+    return [*parts, (second - first, (low, low)), (epochs - second, (lowest, lowest))]
+
+
+def _cut(parts, turn: int, by_epoch: bool):
+    """The parts with one that contains the epoch ``turn`` cut there; parts without epochs are left out."""
+    begin = 0
+    for epochs, (first, last) in parts:
+        at = turn - begin
+        if 0 < at < epochs:
+            step = (last - first) / ((epochs - 1) if by_epoch else epochs)
+            middle = first + step * at
+            yield at, (first, middle - step if by_epoch else middle)
+            yield epochs - at, (middle, last)
+        elif epochs:
+            yield epochs, (first, last)
+        begin += epochs
+
+
+LOSSES = ("ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "balanced-softmax")
+TEMPERATURES = (0.1, 1.0, 5.0, 10.0, 50.0)
+RADII = (0.05, 0.1, 0.3, 1.0)
+ABSGD = [{"method": "absgd", "temperature": t} for t in TEMPERATURES]
+BOUNDED = [{"method": "absgd", "temperature": t, "max_weight": 3.0} for t in (0.5, 1.0, 2.0)]
+
+TABLES = {
+    # Weights of examples, on the losses of the paper.
+    "1": [
+        *({"loss": loss, **changes} for loss in LOSSES[:6] for changes in ({}, *ABSGD)),
+        *({"loss": loss, "method": "meta"} for loss in LOSSES[:6]),
+        {"balanced_batches": True},
+    ],
+    # Other routes to the same end, other rules for λ and γ, and what came after the paper.
+    "2": [
+        {},
+        {"method": "l2rw"},
+        {"method": "recover", "temperature": 1.0},
+        {"method": "term", "temperature": 1.0},
+        {"method": "adaptive-gamma", "temperature": 1.0, "log_alpha": -1.0},
+        *({"method": "kl-radius", "kl_radius": r, "loss": loss} for loss in ("ce", "cb-ce") for r in RADII),
+        *({"loss": loss, **changes} for loss in ("ce", "cb-ce", "balanced-softmax") for changes in BOUNDED),
+        *({"classifier": name} for name in ("ncm", "crt", "tau-norm", "lws")),
+        {"momentum": 0.0},
+        {"momentum": 0.0, "method": "absgd", "temperature": 1.0},
+        {"begin": 0.0, "method": "absgd", "temperature": 1.0},
+        *({"loss": "balanced-softmax", **changes} for changes in ({}, *ABSGD)),
+    ],
+    # Wrong labels: λ < 0 once the network knows the classes.
+    "noise": [
+        {},
+        *({"method": "absgd", "temperature": t, "begin": 0.25} for t in (-1.0, -2.0, -5.0)),
+        *({"method": "trust", "fraction": f, "begin": 0.0} for f in (0.5, 0.6, 0.7)),
+    ],
+}
+
+FAST = CifarRecipe(preset="fast")
+PRESETS = {
+    # The network of minutes: see the README for its cost and result.
+    "fast": FAST,
+    # The paper's section 5, which is the schedule of LDAM; made for one GPU.
+    "paper": dataclasses.replace(
+        FAST, preset="paper", network="resnet-32-16", epochs=200, rate=0.1, weight_decay=2e-4, batch_size=128
+    ),
+    # Shows that everything works, in seconds; there is nothing to learn from its accuracy.
+    "smoke": dataclasses.replace(
+        FAST,
+        preset="smoke",
+        network="resnet-8-4",
+        epochs=5,
+        rate=0.1,
+        decay=0.1,
+        batch_size=32,
+        n_max=100,
+        test_per_class=20,
+    ),
+}
+EXPERIMENT = Experiment(
+    folder=Path(__file__).parent,
+    presets=PRESETS,
+    tables=TABLES,
+    make_run=make_run,
+    evaluate_every={"fast": 4, "paper": 10, "smoke": 1},
+)

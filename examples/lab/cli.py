@@ -1,0 +1,125 @@
+"""The commands of an experiment: ``python -m examples.<experiment> train | sweep | report``."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import tyro
+from rich.console import Console
+
+from examples.lab import records, report, trainer
+from examples.lab.errors import UsageError, UserError, exit_code
+from examples.lab.experiment import Experiment
+from examples.lab.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where and how to train; nothing here changes a result."""
+
+    out: Path | None = None
+    """Folder of the results. By default results/ of the experiment for a sweep, runs/ for a single run."""
+    work: Path = Path("runs")
+    """Folder of the checkpoints; it can be deleted when all is done."""
+    data_dir: Path = Path("data")
+    """Folder that holds the data in their official layout, or is to hold them."""
+    devices: int = 1
+    """Devices over which each batch is spread."""
+    together: int = 1 if jax.default_backend() == "cpu" else 64
+    """Runs that are trained in one program at most."""
+    max_minutes: float = float("inf")
+    """Stop after an epoch when this time is over; the same command goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Trains all runs of some tables; what is done is not done twice."""
+
+    preset: str
+    """The network, the schedule and the size of the data."""
+    tables: tuple[str, ...] = ()
+    """Tables, by default all."""
+    datasets: tuple[str, ...] = ()
+    """Datasets, by default that of the preset."""
+    methods: tuple[str, ...] = ()
+    """Only these methods, by their names in the tables."""
+    seeds: int = 3
+    """Number of seeds."""
+
+
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    commands = {"train": train, "sweep": sweep, "report": write_report}
+    if command not in commands:
+        print(f"usage: python -m examples.{experiment.name} {{{','.join(commands)}}} [--help]", file=sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    return exit_code(lambda: commands[command](experiment, rest))
+
+
+def train(experiment: Experiment, arguments: Sequence[str]) -> None:
+    """One run, from the command line to its record."""
+    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    presets.add_argument("--preset", choices=list(experiment.presets), default=next(iter(experiment.presets)))
+    default = experiment.presets[presets.parse_known_args(arguments)[0].preset]
+    parsed = tyro.cli(
+        tyro.conf.OmitArgPrefixes[tuple[type(default), Machine]], default=(default, Machine()), args=list(arguments)
+    )
+    recipe, machine = parsed
+    (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results")
+    Console().print(f"{recipe.name}: {records.summary(path)}; see {path}")
+
+
+def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:
+    """Some tables, run by run."""
+    default = (Sweep(next(iter(experiment.presets))), Machine())
+    chosen, machine = tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Sweep, Machine]], default=default, args=list(arguments))
+    experiment.check(chosen.preset, chosen.tables)
+    if chosen.seeds < 1:
+        raise UsageError(f"--seeds {chosen.seeds}: at least 1 is needed.")
+    recipes: dict[Recipe, None] = {}
+    for dataset in chosen.datasets or (experiment.presets[chosen.preset].dataset,):
+        for table in chosen.tables or experiment.tables:
+            recipes |= dict.fromkeys(experiment.recipes(chosen.preset, table, dataset, range(chosen.seeds)))
+    titles = {recipe.title for recipe in recipes}
+    if unknown := set(chosen.methods) - titles:
+        raise UsageError(f"--methods {' '.join(sorted(unknown))}: choose from {', '.join(sorted(titles))}.")
+    wanted = [recipe for recipe in recipes if not chosen.methods or recipe.title in chosen.methods]
+    paths = _train(experiment, wanted, machine, machine.out or experiment.folder / "results")
+    Console().print(f"{len(paths)} runs. See: python -m examples.{experiment.name} report {paths[0].parents[1]}")
+
+
+def _train(experiment: Experiment, recipes: Sequence[Recipe], machine: Machine, results: Path) -> list[Path]:
+    """Trains what has no record yet, and writes records as runs finish."""
+    console, paths = Console(), {recipe: experiment.path(recipe, results) for recipe in recipes}
+    deadline = time.monotonic() + 60 * machine.max_minutes
+    for dataset in dict.fromkeys((recipe.preset, recipe.dataset, recipe.validation) for recipe in recipes):
+        part = {recipe: experiment.make_run(recipe) for recipe in recipes if _where(recipe) == dataset}
+        todo = {recipe: run for recipe, run in part.items() if not records.is_done(paths[recipe], recipe, run)}
+        every = experiment.evaluate_every[dataset[0]]
+        options = (machine.data_dir, machine.work, every, machine.together, machine.devices, deadline)
+        settings = trainer.Settings(*options)
+
+        def finished(run, todo=todo, settings=settings):
+            for recipe in (recipe for recipe, its in todo.items() if its == run):
+                content = records.record(experiment.name, recipe, run, settings, experiment.command(recipe))
+                records.write(paths[recipe], content)
+
+        trainer.train(list(dict.fromkeys(todo.values())), settings, console, finished)
+    if broken := [str(path) for path in paths.values() if records.diverged(path)]:
+        raise UserError(f"The loss was not finite in {', '.join(broken)}: lower the rate, or bound the weights.")
+    return list(paths.values())
+
+
+def _where(recipe: Recipe) -> tuple:
+    return recipe.preset, recipe.dataset, recipe.validation
+
+
+def write_report(experiment: Experiment, arguments: Sequence[str]) -> None:
+    """Tables and figures of the results in some folders."""
+    folders = [Path(argument) for argument in arguments]
+    report.report(experiment, folders or sorted((experiment.folder / "results").glob("*")))

@@ -1,0 +1,62 @@
+"""Accuracy on a split, and what a classifier sees of it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from examples.lab.task import Split, Task, module_of
+from examples.lab.train_step import State
+
+BATCH = 500
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _right(task: Task, loss: str, state: State, batch: Split) -> jax.Array:
+    def one(state):
+        logits = task.predict(module_of(task, loss, state.params, state.rest), task.prepare(batch.inputs))
+        return jnp.argmax(logits, axis=-1) == batch.labels
+
+    return _each(one, state)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _features(task: Task, loss: str, state: State, batch: Split) -> jax.Array:
+    def one(state):
+        return module_of(task, loss, state.params, state.rest).features(task.prepare(batch.inputs), train=False)
+
+    return _each(one, state)
+
+
+def _each(function, states):
+    """A function of each run's state; on its own where there is one run, because vmapped convolutions are slower."""
+    if states.step.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], states)))
+    return jax.vmap(function)(states)
+
+
+def _over(split: Split, function) -> np.ndarray:
+    """A function of batches of one size, whatever the size of the split; the axis of examples comes second."""
+    size, parts = len(split.labels), []
+    for begin in range(0, size, BATCH):
+        places = np.arange(begin, begin + BATCH) % size
+        parts.append(function(jax.tree.map(lambda x, places=places: x[places], split)))
+    return np.concatenate(jax.device_get(parts), axis=1)[:, :size]
+
+
+def right(task: Task, loss: str, states: State, split: Split) -> np.ndarray:
+    """Which examples each run classifies correctly, shape (runs, N)."""
+    return _over(split, lambda batch: _right(task, loss, states, batch))
+
+
+def features(task: Task, loss: str, states: State, split: Split) -> np.ndarray:
+    """What the classifier of each run sees, shape (runs, N, D)."""
+    return _over(split, lambda batch: _features(task, loss, states, batch))
+
+
+def by_class(right: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Accuracy of each class in %, NaN where the split has none of it."""
+    counts = np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return 100 * np.bincount(labels, weights=right, minlength=classes) / counts

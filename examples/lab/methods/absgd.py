@@ -1,0 +1,72 @@
+"""ABSGD and its special cases: SGD (λ = ∞), TERM (γ = 1), a KL radius, a fraction, SCENT's γ, bounded weights."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+import absgd_jax
+from examples.lab.methods import Info
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Absgd:
+    """One of ``temperature``, ``kl_radius``, ``trust`` and ``focus`` says how uneven the weights are."""
+
+    temperature: float = math.inf  # λ, in units of loss
+    kl_radius: float | None = None  # ρ in nats; λ starts at 10 times the mean loss, with the sign of ``temperature``
+    trust: float | None = None  # the fraction to trust
+    focus: float | None = None  # the fraction to focus on
+    gamma: float = 0.9
+    log_alpha: float | None = None  # of SCENT's rule, in place of γ
+    max_weight: float = math.inf
+    step_size: float = 0.03  # of a λ that is found while training
+
+    needs_held_out = False
+
+    def transform(self):
+        temperature: Any = self.temperature
+        if self.kl_radius is not None:
+            temperature = absgd_jax.focus_fraction(jnp.exp(-jnp.asarray(self.kl_radius)), step_size=self.step_size)
+        if self.trust is not None:
+            temperature = absgd_jax.trust_fraction(self.trust, step_size=self.step_size)
+        if self.focus is not None:
+            temperature = absgd_jax.focus_fraction(self.focus, step_size=self.step_size)
+        gamma: Any = self.gamma if self.log_alpha is None else absgd_jax.adaptive_gamma(self.log_alpha)
+        return absgd_jax.scale_by_absgd(temperature, gamma, max_weight=self.max_weight)
+
+    def init(self, params):
+        return self.transform().init(params)
+
+    def gradient(self, losses, params, state, batch, held_out):
+        del held_out
+
+        def with_losses(params, batch):
+            values, aux = losses(params, batch)
+            values = batch.weights * values
+            return values, (values, aux)
+
+        risk_and_grad = absgd_jax.value_and_grad(with_losses, has_aux=True, with_kl=True)
+        ((risk, kl), (values, aux)), grads = risk_and_grad(params, batch, state=state)
+        grads, after = self.transform().update(grads, state, value=risk, kl=kl)
+        lam, threshold = state.temperature, state.threshold
+        clipped = jnp.where(lam < 0, jnp.maximum(values, threshold), jnp.minimum(values, threshold))
+        weights = jax.nn.softmax(clipped / lam)
+        return grads, after, Info(values, weights, after.risk, state.temperature, aux)
+
+
+BY_NAME = {
+    "sgd": lambda recipe: Absgd(),
+    "absgd": lambda recipe: Absgd(recipe.temperature, gamma=recipe.gamma, max_weight=recipe.max_weight),
+    "term": lambda recipe: Absgd(recipe.temperature, gamma=1.0, max_weight=recipe.max_weight),
+    "adaptive-gamma": lambda recipe: Absgd(
+        recipe.temperature, log_alpha=recipe.log_alpha, max_weight=recipe.max_weight
+    ),
+    "kl-radius": lambda recipe: Absgd(kl_radius=recipe.kl_radius, gamma=recipe.gamma, max_weight=recipe.max_weight),
+    "trust": lambda recipe: Absgd(trust=recipe.fraction, gamma=recipe.gamma, max_weight=recipe.max_weight),
+    "focus": lambda recipe: Absgd(focus=recipe.fraction, gamma=recipe.gamma, max_weight=recipe.max_weight),
+}

@@ -1,0 +1,65 @@
+"""Which stages runs have in common: equal first stages of one task and seed are trained once."""
+
+import importlib.metadata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+
+import jax
+
+from examples.lab.config import Run, fingerprint
+
+PACKAGES = ("absgd_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+SOURCES = Path(__file__).parents[2]
+
+
+@lru_cache
+def program() -> str:
+    """A checksum of the code and the versions, without which a stage must not be continued."""
+    folders = (SOURCES / "absgd_jax", SOURCES / "examples" / "lab")
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    return fingerprint(*versions, *(path.read_text(encoding="utf-8") for path in files))
+
+
+@cache
+def key(run: Run) -> str:
+    """The name under which the state that a run leaves is kept."""
+    source = Path(__import__(type(run.task).__module__, fromlist=["__file__"]).__file__)
+    siblings = [path.read_text(encoding="utf-8") for path in sorted(source.parent.glob("*.py"))]
+    return fingerprint(run, program(), *siblings)
+
+
+def prefixes(run: Run) -> list[Run]:
+    """The run and what it begins with, from its first stage to all."""
+    return [*prefixes(run.parent), run] if run.parent else [run]
+
+
+def groups(runs: Iterable[Run], is_done, together: int) -> Iterator[list[Run]]:
+    """What has to be trained, in an order in which parents come first; runs of one group share a program.
+
+    Args:
+      runs: the runs that are wanted.
+      is_done: whether the state that a run leaves is there already.
+      together: how many runs may train in one program.
+    """
+    needed: dict[int, dict[Run, None]] = defaultdict(dict)
+    for run in runs:
+        for part in reversed(prefixes(run)):
+            if is_done(part):
+                break
+            needed[len(part.stages)][part] = None
+    for depth in sorted(needed):
+        alike = defaultdict(list)
+        for run in needed[depth]:
+            before = run.stages[-2] if depth > 1 else None
+            structure = jax.tree.structure((run.stages[-1], before and before.loss, carries_method(run)))
+            alike[run.task, structure].append(run)
+        for members in alike.values():
+            yield from (members[i : i + together] for i in range(0, len(members), together))
+
+
+def carries_method(run: Run) -> bool:
+    """Whether the last stage goes on with the method, and so with the method's state, of the one before."""
+    return len(run.stages) > 1 and run.stages[-1].method == run.stages[-2].method

@@ -1,0 +1,122 @@
+"""A run as a user asks for it: the fields are the command line's options, and what tables and records speak of."""
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from examples.lab import methods
+from examples.lab.classifiers import CLASSIFIERS
+from examples.lab.errors import UsageError
+from examples.lab.losses import LOSSES
+
+
+def _by_name() -> dict[str, Callable[["Recipe"], Any]]:
+    """Every method of the folder methods/ by its names there."""
+    modules = [importlib.import_module(f"{methods.__name__}.{m.name}") for m in pkgutil.iter_modules(methods.__path__)]
+    return {name: make for module in modules for name, make in module.BY_NAME.items()}
+
+
+METHODS = _by_name()
+NEEDS = {  # numbers that a method must be given, and that others must not
+    "temperature": ("absgd", "term", "adaptive-gamma", "recover"),
+    "kl_radius": ("kl-radius",),
+    "fraction": ("trust", "focus"),
+    "log_alpha": ("adaptive-gamma",),
+}
+TAKES = {"max_weight": ("absgd", "term", "adaptive-gamma", "kl-radius", "trust", "focus")}  # and need not be given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Trains one model. The same command continues a run that was stopped."""
+
+    preset: str
+    """Where all other defaults come from."""
+    dataset: str
+    """The dataset, by its name in tables and files."""
+    method: str = "sgd"
+    """What weights the examples in the second stage."""
+    loss: str = "ce"
+    """The per-example loss. With the prefix cb- losses are weighted by class in the second stage."""
+    temperature: float = math.inf
+    """λ of the second stage, in units of loss. inf is SGD."""
+    kl_radius: float | None = None
+    """Distance of the weights from uniform, in nats."""
+    fraction: float | None = None
+    """Fraction of the examples to trust, or to focus on."""
+    max_weight: float = math.inf
+    """Largest weight that a loss can have relative to one as large as the running risk."""
+    gamma: float = 0.9
+    """γ, the weight of the new batch in the running risk."""
+    log_alpha: float | None = None
+    """log α of SCENT's rule, which sets γ by the running risk."""
+    balanced_batches: bool = False
+    """Re-sampling: all classes are equally likely in a batch."""
+    classifier: str | None = None
+    """A classifier fitted to the features at the end, in place of the one trained with them."""
+    validation: float = 0.0
+    """Fraction of each class held out, before the imbalance, to choose by."""
+    seed: int = 0
+    """Seed of the training: initial parameters, order, augmentation."""
+    subset_seed: int = 0
+    """Seed of the subset, of wrong labels and of the validation split."""
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("loss", self.loss.removeprefix("cb-"), LOSSES),
+            ("classifier", self.classifier, (None, *CLASSIFIERS)),
+        ):
+            if value not in known:
+                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(filter(None, known))}.")
+        for rule, fulfilled in self.rules().items():
+            if not fulfilled:
+                raise UsageError(rule + ".")
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, takers in (NEEDS | TAKES).items():
+            flag, given = f"--{name.replace('_', '-')}", getattr(self, name) != default[name]
+            if given and self.method not in takers:
+                raise UsageError(f"{flag} {getattr(self, name)} is for {', '.join(takers)}, not for {self.method}.")
+            if not given and self.method in NEEDS.get(name, ()):
+                raise UsageError(f"--method {self.method} needs {flag}.")
+
+    def rules(self) -> dict[str, bool]:
+        """What has to be true of the numbers; a comparison with NaN is not."""
+        return {
+            f"--temperature {self.temperature}: it must be a number other than 0": abs(self.temperature) > 0,
+            f"--kl-radius {self.kl_radius}: it must be above 0": self.kl_radius is None
+            or 0 < self.kl_radius < math.inf,
+            f"--fraction {self.fraction}: it must be between 0 and 1": self.fraction is None or 0 < self.fraction < 1,
+            f"--max-weight {self.max_weight}: it must be above 1": self.max_weight > 1,
+            f"--gamma {self.gamma}: it must be above 0 and at most 1": 0 < self.gamma <= 1,
+            f"--log-alpha {self.log_alpha}: it must be finite": self.log_alpha is None or math.isfinite(self.log_alpha),
+            f"--validation {self.validation}: it must be at least 0 and less than 1": 0 <= self.validation < 1,
+            f"--seed {self.seed}: it must be from 0 to 2147483647": 0 <= self.seed < 2**31,
+            f"--subset-seed {self.subset_seed}: it must be from 0 to 2147483647": 0 <= self.subset_seed < 2**31,
+        }
+
+    @property
+    def strength(self) -> str:
+        """What says how uneven the weights are, for names."""
+        numbers = {"t": self.temperature, "r": self.kl_radius, "f": self.fraction, "c": self.max_weight}
+        return "".join(f"-{k}{v:g}" for k, v in numbers.items() if v is not None and math.isfinite(v))
+
+    @property
+    def title(self) -> str:
+        """The method in tables: what weights the examples, and what else is done to them."""
+        if self.classifier is not None:
+            return self.classifier
+        if self.balanced_batches:
+            return "resample" if self.method == "sgd" else f"resample-{self.method}"
+        return self.method
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{self.title}-{self.loss}{self.strength}-s{self.seed}"
+
+    def make_method(self) -> Any:
+        return METHODS[self.method](self)

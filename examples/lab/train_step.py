@@ -1,0 +1,145 @@
+"""One step of training as a pure function of a stage, a state and a batch: to jit, vmap over runs, shard by batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import absgd_jax
+from examples.lab.config import Stage
+from examples.lab.losses import LOSSES
+from examples.lab.methods import Batch
+from examples.lab.task import Split, Task, initial, module_of
+
+
+class State(NamedTuple):
+    """Everything that training changes, and the key from which it draws."""
+
+    params: Any
+    rest: Any  # what else the network keeps, such as batch statistics
+    trace: Any  # of the momentum
+    method: Any  # the method's own state
+    key: jax.Array  # the seed's, as key data
+    step: jax.Array  # shape=(), dtype=int32; steps done
+    begun: jax.Array  # shape=(), dtype=int32; the step at which the stage began
+
+
+class Metrics(NamedTuple):
+    """What is seen of a step, scalars."""
+
+    loss: jax.Array  # mean over the batch
+    risk: jax.Array  # the method's running objective
+    sample_size: jax.Array  # effective sample size, as a fraction of the batch
+    largest_weight: jax.Array  # relative to the mean
+    temperature: jax.Array  # λ
+    rate: jax.Array
+
+
+def first_state(task: Task, stage: Stage, seed: jax.Array) -> State:
+    """The state before any training."""
+    key = jax.random.key(seed)
+    params, rest = initial(task, stage.loss, key)
+    trace = optimizer(stage, 0.0).init(params)
+    zero = jnp.zeros((), jnp.int32)
+    return State(params, rest, trace, stage.method.init(params), jax.random.key_data(key), zero, jnp.zeros_like(zero))
+
+
+def take_over(stage: Stage, carry_method: bool, state: State) -> State:
+    """The state that one stage has left, ready for the next; the momentum goes on, a new method begins anew."""
+    method = state.method if carry_method else stage.method.init(state.params)
+    return state._replace(method=method, begun=state.step)
+
+
+def optimizer(stage: Stage, rate: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(stage.weight_decay),
+        optax.trace(stage.momentum, nesterov=stage.nesterov),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def train_step(
+    task: Task, stage: Stage, state: State, batch: Split, held_out: Split | None, counts: jax.Array, epoch: jax.Array
+) -> tuple[State, Metrics]:
+    """One update.
+
+    Args:
+      task: static.
+      stage: its numbers may be traced.
+      state: the state before.
+      batch: raw inputs and integer labels, shape (B,).
+      held_out: a balanced batch likewise, for methods that need one.
+      counts: training examples of each class, shape (C,).
+      epoch: steps in an epoch, a scalar.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    rate = stage.rate_at(state.step - state.begun, epoch)
+    class_weights = absgd_jax.losses.class_balanced_weights(counts) if stage.class_weights else jnp.ones(counts.shape)
+
+    def losses(params, batch):
+        module = module_of(task, stage.loss, params, state.rest)
+        logits = module(batch.inputs, train=True)
+        return _loss_of(stage, logits, batch.labels, counts), nnx.state(module, nnx.Not(nnx.Param))
+
+    inputs, labels = _mixed(stage, _augmented(task, batch, key), key)
+    batch = Batch(inputs, labels, _of_labels(class_weights, labels))
+    if held_out is not None:
+        inputs, labels = _augmented(task, held_out, jax.random.fold_in(key, 1))
+        held_out = Batch(inputs, labels, jnp.ones(labels.shape))
+    method = stage.method if not stage.method.needs_held_out else stage.method.at_rate(rate)
+    grads, method_state, info = method.gradient(losses, state.params, state.method, batch, held_out)
+    updates, trace = optimizer(stage, rate).update(grads, state.trace, state.params)
+    if stage.trained != "all":
+        first = task.PARTS.index(stage.trained)
+        keep = lambda path, u: u if task.part(names(path)) >= first else jnp.zeros_like(u)  # noqa: E731
+        updates = jax.tree_util.tree_map_with_path(keep, updates)
+    metrics = Metrics(
+        loss=jnp.mean(info.losses),
+        risk=info.risk,
+        sample_size=absgd_jax.effective_sample_size(info.weights) / info.weights.size,
+        largest_weight=jnp.max(info.weights) / jnp.mean(info.weights),
+        temperature=info.temperature,
+        rate=rate,
+    )
+    params = optax.apply_updates(state.params, updates)
+    return State(params, info.aux, trace, method_state, state.key, state.step + 1, state.begun), metrics
+
+
+def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names along a path into a pytree."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _augmented(task: Task, batch: Split, key: jax.Array) -> Split:
+    return Split(task.prepare(task.augment(batch.inputs, key)), batch.labels)
+
+
+def _mixed(stage: Stage, batch: Split, key: jax.Array) -> Split:
+    """Each example mixed with the next, which is any, in a proportion that is uniform between 0 and 1."""
+    if not stage.mixup:
+        return batch
+    share = jax.random.uniform(jax.random.fold_in(key, 2))
+    mix = lambda x: share * x + (1 - share) * jnp.roll(x, 1, 0)  # noqa: E731
+    return Split(jax.tree.map(mix, batch.inputs), (batch.labels, jnp.roll(batch.labels, 1), share))
+
+
+def _of_labels(of_class: jax.Array, labels: Any) -> jax.Array:
+    """A number of each class for the examples of a batch, mixed or not."""
+    if isinstance(labels, tuple):
+        first, second, share = labels
+        return share * of_class[first] + (1 - share) * of_class[second]
+    return of_class[labels]
+
+
+def _loss_of(stage: Stage, logits: jax.Array, labels: Any, counts: jax.Array) -> jax.Array:
+    def loss(labels):
+        if stage.label_smoothing:
+            labels = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), stage.label_smoothing)
+        return LOSSES[stage.loss](logits, labels, counts)
+
+    if isinstance(labels, tuple):
+        first, second, share = labels
+        return share * loss(first) + (1 - share) * loss(second)
+    return loss(labels)

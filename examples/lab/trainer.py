@@ -1,0 +1,215 @@
+"""Trains what a plan asks for, stage by stage: restore or begin, epochs, evaluation, checkpoint."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from rich.console import Console
+
+from examples.lab import checkpoint, classifiers, evaluate, plan
+from examples.lab.config import Run, stack
+from examples.lab.errors import OutOfTimeError
+from examples.lab.input_pipeline import HELD_OUT, STEPS, class_balanced, epoch_key, shuffled, steps_per_epoch, take
+from examples.lab.task import Data, Split, Task
+from examples.lab.train_step import Metrics, State, first_state, take_over, train_step
+
+
+class Settings(NamedTuple):
+    """Where and how to train; nothing here changes a result."""
+
+    data_dir: Path
+    work: Path
+    evaluate_every: int  # epochs, counted from the beginning of a run; the last epoch of a run is always evaluated
+    together: int = 1
+    devices: int = 1
+    deadline: float = float("inf")  # of time.monotonic(); training stops after the epoch
+
+
+@lru_cache(maxsize=2)
+def load(task: Task, data_dir: Path) -> Data:
+    return task.load(data_dir)
+
+
+def train(runs: Sequence[Run], settings: Settings, console: Console, finished: Callable[[Run], None]) -> None:
+    """Trains the runs as far as their states are not in ``settings.work``; ``finished`` is called for each of them."""
+
+    def is_done(run):
+        return checkpoint.is_finished(folder_of(run, settings))
+
+    with checkpoint.locked(settings.work):
+        for run in filter(is_done, runs):
+            finished(run)
+        for members in list(plan.groups(runs, is_done, settings.together)):
+            _train_stage(members, settings, console)
+            for run in members:
+                if run in runs:
+                    finished(run)
+
+
+def folder_of(run: Run, settings: Settings) -> Path:
+    return settings.work / plan.key(run)
+
+
+def shape_of(run: Run) -> State:
+    """The state that a run leaves, without its numbers."""
+    stage = run.stages[-1]
+    return jax.eval_shape(lambda: first_state(run.task, stage, 0))
+
+
+def left_by(run: Run, settings: Settings) -> tuple[State, list[dict[str, Any]]]:
+    """The state that a run has left, and its metrics, epoch by epoch."""
+    return checkpoint.load(folder_of(run, settings), shape_of(run))
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _steps(task, count, stages, states, i, train, orders, held_out, held_orders, counts, epoch):
+    """``count`` steps of every run from step ``i`` of the epoch on."""
+
+    def one(stage, state, order, held_order):
+        def step(state, i):
+            held = held_out and take(held_out, held_order[i])
+            return train_step(task, stage, state, take(train, order[i]), held, counts, epoch)
+
+        if count == 1:  # on the CPU the gradients of convolutions are 50 times slower in a loop
+            state, metrics = step(state, i)
+            return state, jax.tree.map(lambda x: x[None], metrics)
+        return jax.lax.scan(step, state, i + jnp.arange(count))
+
+    if states.step.shape[0] == 1:  # so are convolutions that are vmapped
+        first = jax.tree.map(lambda x: x[0], (stages, states, orders, held_orders))
+        return jax.tree.map(lambda x: x[None], one(*first))
+    return jax.vmap(one)(stages, states, orders, held_orders)
+
+
+def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -> None:
+    """The last stage of some runs that share a program, and what they leave."""
+    first, stage = members[0], members[0].stages[-1]
+    data, stages = load(first.task, settings.data_dir), stack([run.stages[-1] for run in members])
+    begin = first.epochs - stage.epochs
+    folder = settings.work / f"together-{plan.fingerprint(*map(plan.key, members))}"
+    with checkpoint.open_manager(folder / "checkpoints") as manager:
+        if manager.latest_step() is None:
+            states, done = _begin(members, data, settings), begin
+        else:
+            like = jax.eval_shape(lambda: stack([first_state(first.task, stage, 0)] * len(members)))
+            states, done = checkpoint.restore(manager, like), manager.latest_step()
+        lines = checkpoint.read_lines(folder / "metrics.jsonl", done)
+        batches = _Batches(first, data, settings)
+        states = batches.spread(states, P())
+        for epoch in range(done, first.epochs):
+            began = time.perf_counter()
+            states, metrics = batches.epoch(stages, states)
+            line = {"epoch": epoch + 1, "seconds": time.perf_counter() - began}
+            line |= {name: _summary(name, value).tolist() for name, value in metrics._asdict().items()}
+            if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == first.epochs:
+                line |= _evaluated(first, data, states)
+            lines.append(line)
+            checkpoint.save(manager, epoch + 1, states)
+            checkpoint.append_line(folder / "metrics.jsonl", line)
+            console.print(_shown(members, line), soft_wrap=True)
+            if time.monotonic() > settings.deadline:
+                raise OutOfTimeError
+        if stage.classifier is not None:
+            states = _fit_classifier(first, data, states)
+            lines.append({"epoch": first.epochs, "seconds": 0.0, **_evaluated(first, data, states)})
+    for i, run in enumerate(members):
+        before = left_by(run.parent, settings)[1] if run.parent else []
+        own = [{k: v[i] if isinstance(v, list) else v for k, v in line.items()} for line in lines]
+        checkpoint.finish(folder_of(run, settings), jax.tree.map(lambda x, i=i: x[i], states), [*before, *own])
+    checkpoint.remove(folder)
+
+
+def _begin(members: Sequence[Run], data: Data, settings: Settings) -> State:
+    """The states with which a stage begins: new ones, or what the stage before has left."""
+    begun = []
+    for run in members:
+        stage = run.stages[-1]
+        if run.parent is None:
+            state = jax.jit(first_state, static_argnums=0)(run.task, stage, run.seed)
+            begun.append(state._replace(rest=run.task.calibrate(state.rest, data.train)))
+        else:
+            begun.append(take_over(stage, plan.carries_method(run), left_by(run.parent, settings)[0]))
+    return stack(begun)
+
+
+class _Batches:
+    """The data on the devices, and the epochs of a stage over them."""
+
+    def __init__(self, run: Run, data: Data, settings: Settings):
+        self.task, self.stage = run.task, run.stages[-1]
+        self.mesh = jax.make_mesh((settings.devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        self.counts = np.bincount(data.train.labels, minlength=run.task.classes)
+        self.steps = steps_per_epoch(len(data.train.labels), self.stage.batch_size) if self.stage.epochs else 0
+        self.train = self.spread(Split(*data.train), P())
+        self.held_out = self.spread(data.held_out, P()) if self.stage.method.needs_held_out else None
+        self.together = 1 if jax.default_backend() == "cpu" else self.steps
+
+    def spread(self, tree, spec):
+        return jax.device_put(tree, NamedSharding(self.mesh, spec))
+
+    def orders(self, states: State, purpose: int, split: Split, *, balanced: bool) -> jax.Array:
+        """Indices of the batches of each run's coming epoch, the examples of a batch spread over the devices."""
+        sizes = {"steps": self.steps, "batch_size": self.stage.batch_size}
+        keys = [epoch_key(*at, purpose) for at in zip(states.key, states.step, strict=True)]
+        draw = partial(class_balanced, classes=self.task.classes) if balanced else shuffled
+        return self.spread(jnp.stack([draw(key, split.labels, **sizes) for key in keys]), P(None, None, "data"))
+
+    def epoch(self, stages, states: State) -> tuple[State, Metrics]:
+        """One epoch of every run; the metrics have the axes (run, step)."""
+        orders, held_orders = self.orders(states, STEPS, self.train, balanced=self.stage.balanced_batches), states.step
+        if self.held_out is not None:
+            held_orders = self.orders(states, HELD_OUT, self.held_out, balanced=True)
+        data, seen = (self.train, orders, self.held_out, held_orders, self.counts, self.steps), []
+        for i in range(0, self.steps, self.together):
+            states, metrics = _steps(self.task, self.together, stages, states, i, *data)
+            seen.append(metrics)
+        return states, jax.tree.map(lambda *parts: np.concatenate(jax.device_get(parts), axis=1), *seen)
+
+
+def _summary(name: str, values: np.ndarray) -> np.ndarray:
+    """Of an epoch, for each run: the last of what goes on from step to step, the mean of what each batch has."""
+    return values[:, -1] if name in ("risk", "temperature", "rate") else values.mean(axis=1, dtype=np.float64)
+
+
+def _evaluated(run: Run, data: Data, states: State) -> dict[str, Any]:
+    found = {}
+    for name, split in (("test", data.test), ("validation", data.validation)):
+        if split is not None and len(split.labels):
+            right = evaluate.right(run.task, run.stages[-1].loss, states, split)
+            found[f"{name}_accuracy"] = (100 * right.mean(axis=1)).tolist()
+            per_class = [evaluate.by_class(each, split.labels, run.task.classes) for each in right]
+            found[f"{name}_per_class"] = [each.tolist() for each in per_class]
+    return found
+
+
+def _fit_classifier(run: Run, data: Data, states: State) -> State:
+    """The states with a classifier fitted to the features of the training set."""
+    stage, labels = run.stages[-1], jnp.asarray(data.train.labels)
+    fit = jax.jit(classifiers.CLASSIFIERS[stage.classifier])
+    fitted = []
+    for i, features in enumerate(evaluate.features(run.task, stage.loss, states, data.train)):
+        state = jax.tree.map(lambda x, i=i: x[i], states)
+        layer = state.params["classifier"]
+        linear = classifiers.Linear(layer["kernel"][...], layer["bias"][...])
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        linear = fit(jnp.asarray(features), labels, linear, key)
+        layer["kernel"][...], layer["bias"][...] = linear
+        fitted.append(state)
+    return stack(fitted)
+
+
+def _shown(members: Sequence[Run], line: dict[str, Any]) -> str:
+    """The first of the runs that train together, for all."""
+    numbers = {name: values[0] for name, values in line.items() if isinstance(values, list)}
+    accuracy = f"  test {numbers['test_accuracy']:.2f} %" if "test_accuracy" in numbers else ""
+    return (
+        f"epoch {line['epoch']}/{members[0].epochs}  loss {numbers['loss']:.4f}  rate {numbers['rate']:.3g}  "
+        f"λ {'∞' if abs(numbers['temperature']) > 1e38 else format(numbers['temperature'], '.3g')}  sample size {numbers['sample_size']:.0%}  "
+        f"largest weight {numbers['largest_weight']:.3g}  {line['seconds']:.1f} s{accuracy}"
+    )
