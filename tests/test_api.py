@@ -19,6 +19,7 @@ PUBLIC = {
 }  # fmt: skip
 LOSSES = {
     "balanced_softmax", "class_balanced_weights", "deferred_reweighting", "focal", "ldam", "logit_adjustment",
+    "sigmoid_focal", "sigmoid_logit_adjustment",
 }  # fmt: skip
 
 

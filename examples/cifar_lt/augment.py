@@ -35,14 +35,6 @@ def crop_and_flip(padded: jax.Array, batch: jax.Array, key: jax.Array, pixels: i
     return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def cut_out(images: jax.Array, side: jax.Array, key: jax.Array) -> jax.Array:
-    """Normalised images with a random square of grey, partly outside of some (DeVries and Taylor 2017)."""
-    first = jax.random.randint(key, (2, len(images), 1), 0, SIZE) - side // 2
-    along = jnp.arange(SIZE)
-    inside = (along >= first) & (along < first + side)
-    return jnp.where((inside[0][:, :, None] & inside[1][:, None, :])[..., None], 0, images)
-
-
 def normalise(images: jax.Array) -> jax.Array:
     """Bytes to float32 of about mean 0 and variance 1 in each channel."""
     return (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)

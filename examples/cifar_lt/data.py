@@ -8,7 +8,7 @@ import numpy as np
 import pooch
 
 from examples.cifar_lt import safe_pickle
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 
 IMAGE_BYTES = 3 * 32 * 32
 

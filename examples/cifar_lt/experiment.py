@@ -48,6 +48,12 @@ class CifarRecipe(Recipe):
     test_per_class: int | None = None
     """Test images of each class. None takes all there are."""
 
+    @property
+    def title(self):
+        ending = "" if self.momentum else "-no-momentum"
+        ending += "-one-stage" if self.begin == 0 and self.method == "absgd" else ""
+        return super().title + ending
+
     def rules(self):
         parts = self.network.split("-")
         resnet = parts[0] == "resnet" and len(parts) == 3 and all(part.isdigit() for part in parts[1:])
@@ -206,4 +212,5 @@ EXPERIMENT = Experiment(
     tables=TABLES,
     make_run=make_run,
     evaluate_every={"fast": 4, "paper": 10, "smoke": 1},
+    tables_of=lambda dataset: ("1", "2") if dataset.count("-") == 2 else ("noise",),
 )

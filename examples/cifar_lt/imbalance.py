@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from examples.cifar_lt.errors import UsageError
+from examples.lab.errors import UsageError
 
 
 def class_counts(imbalance: str, ratio: float, classes: int, n_max: int) -> np.ndarray:
@@ -49,15 +49,3 @@ def subset(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
             )
         chosen.append(rng.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
-
-
-def groups(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Masks of the classes of each customary group; a group may be empty.
-
-    ``head`` and ``tail`` are the more frequent and the rarer half of the classes; ``many`` have over 100 training
-    images, ``medium`` 20 to 100 and ``few`` less than 20 (Liu et al. 2019).
-    """
-    order = np.argsort(-counts, kind="stable")
-    head = np.isin(np.arange(len(counts)), order[: len(counts) // 2])
-    many, few = counts > 100, counts < 20
-    return {"head": head, "tail": ~head, "many": many, "medium": ~many & ~few, "few": few}

@@ -12,7 +12,7 @@ import pooch
 
 from examples.cifar_lt import safe_pickle
 from examples.cifar_lt.data import ARCHIVES
-from examples.cifar_lt.errors import UsageError, UserError
+from examples.lab.errors import UsageError, UserError
 
 # The official release; the commit is named because the checksums are of its files.
 URL = "https://raw.githubusercontent.com/UCSC-REAL/cifar-10-100n/49df7d8a69e355470c77c1c2f2424916325a394b/data/"

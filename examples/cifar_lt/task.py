@@ -12,7 +12,7 @@ from examples.cifar_lt import noise
 from examples.cifar_lt.augment import crop_and_flip, normalise, pad
 from examples.cifar_lt.data import load
 from examples.cifar_lt.imbalance import class_counts, subset
-from examples.cifar_lt.networks import ResNet, Wide, whitening_kernel
+from examples.cifar_lt.models import ResNet, Wide, whitening_kernel
 from examples.lab.errors import UsageError, UserError
 from examples.lab.losses import NEEDS_COSINES
 from examples.lab.task import Data, Split, Task
@@ -44,7 +44,7 @@ class Cifar(Task):
         if not found:
             raise UsageError(
                 f"--dataset {self.dataset}: it should be like cifar10-lt-100 or cifar100-st-10 (long tail or step, "
-                "imbalance ratio), or with wrong labels like cifar10-lt-1-sym0.4, -asym0.4 or -worse in place of -sym0.4."
+                "imbalance ratio), or with wrong labels like cifar10-lt-1-sym0.4 or cifar10-lt-1-worse."
             )
         name, imbalance, ratio, kind, rate, human = found.groups()
         return name, imbalance, float(ratio), kind, float(rate or 0), human

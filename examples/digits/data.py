@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, made long-tailed or given wrong labels."""
+"""scikit-learn's handwritten digits, as a long-tailed stream or with wrong labels."""
 
 from typing import NamedTuple
 
@@ -27,13 +27,6 @@ def load() -> tuple[Split, Split, Split]:
     return train, validation, test
 
 
-def long_tail(split: Split, rng: np.random.Generator, *, n_max: int = 100, ratio: float = 100.0) -> Split:
-    """A random subset with n_max ρ^(-i/(C-1)) examples of class i."""
-    counts = [round(n_max * ratio ** (-i / (CLASSES - 1))) for i in range(CLASSES)]
-    chosen = np.concatenate([rng.permutation(np.flatnonzero(split.y == i))[:n] for i, n in enumerate(counts)])
-    return Split(split.x[chosen], split.y[chosen])
-
-
 def stream(split: Split, rng: np.random.Generator, *, size: int = 12_800, ratio: float = 100.0) -> Split:
     """``size`` examples drawn one after another, with replacement, class i with probability ∝ ρ^(-i/(C-1))."""
     likelihood = ratio ** (-split.y / (CLASSES - 1)) / np.bincount(split.y)[split.y]
@@ -41,7 +34,7 @@ def stream(split: Split, rng: np.random.Generator, *, size: int = 12_800, ratio:
     return Split(split.x[drawn], split.y[drawn])
 
 
-def wrong_labels(split: Split, rng: np.random.Generator, *, rate: float = 0.4) -> Split:
+def wrong_labels(split: Split, rng: np.random.Generator, *, rate: float) -> Split:
     """The same images, a fraction ``rate`` of which has the label of another class."""
     y = split.y.copy()
     wrong = rng.permutation(len(y))[: round(rate * len(y))]

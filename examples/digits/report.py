@@ -1,7 +1,8 @@
-"""The table and the figure, drawn from the JSON alone. As a command: those of the committed results."""
+"""The tables and the figure, drawn from the JSON alone. As a command: those of the committed results."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,81 +15,113 @@ from examples.readme import fill
 
 matplotlib.use("Agg")
 
-COLOURS = {"SGD": "#666666", "ABSGD λ": "#0072B2", "ABSGD KL radius": "#D55E00"}  # told apart by colour-blind eyes too
+COLOURS = {  # told apart by colour-blind eyes too
+    "SGD": "#666666",
+    "ABSGD λ": "#0072B2",
+    "ABSGD KL radius": "#D55E00",
+    "ABSGD trusted fraction": "#009E73",
+}
 
 
-HEADER = ("method", "rate", "λ or ρ", "accuracy", "head", "tail", "gain over SGD")
+def _pm(mean_std, sign=""):
+    return f"{mean_std[0]:{sign}.1f} ± {mean_std[1]:.1f}"
 
 
-def rows(setting: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each method, under ``HEADER``."""
+def tables(result: dict[str, Any]) -> Iterator[list[tuple[str, ...]]]:
+    """The stream's table and that of the wrong labels, which has a column for each rate; the header comes first."""
+    stream, *noisy = result["settings"]
+    rows = [(stream["title"], "rate", "λ or ρ", "accuracy", "worst class", "gain over SGD")]
+    for name, m in stream["methods"].items():
+        gain = _pm(m["gain"], "+") if m["gain"] else ""
+        rows.append((name, f"{m['learning_rate']:g}", str(m["value"]), _pm(m["accuracy"]), _pm(m["worst_class"]), gain))
+    yield rows
+    rows = [("Wrong labels, MLP", *(f"{s['noise']:.0%}".replace("%", " %") for s in noisy))]
+    yield rows + [(name, *(_pm(s["methods"][name]["accuracy"]) for s in noisy)) for name in noisy[0]["methods"]]
 
-    def row(name, m):
-        gain = f"{m['gain'][0]:+.1f} ± {m['gain'][1]:.1f}" if m["gain"] else ""
-        accuracy = f"{m['accuracy'][0]:.1f} ± {m['accuracy'][1]:.1f}"
-        means = (f"{m['head'][0]:.1f}", f"{m['tail'][0]:.1f}")
-        return name, f"{m['learning_rate']:g}", str(m["value"]), accuracy, *means, gain
 
-    return [row(*item) for item in setting["methods"].items()]
-
-
-def tables(result: dict[str, Any]) -> Iterator[Table]:
-    """A table for each setting, narrow enough for a terminal of 80 columns."""
-    for setting in result["settings"].values():
-        shown = Table(title=setting["title"], title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-        for i, column in enumerate(HEADER):
-            shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in rows(setting):
-            shown.add_row(*row)
-        yield shown
+def terminal(rows: list[tuple[str, ...]]) -> Table:
+    """A table narrow enough for a terminal of 80 columns."""
+    shown = Table(box=SIMPLE_HEAD)
+    for i, column in enumerate(rows[0]):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows[1:]:
+        shown.add_row(*row)
+    return shown
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One table of all settings, for a README."""
-    lines = ["setting | " + " | ".join(HEADER), " | ".join("---" for _ in range(len(HEADER) + 1))]
-    for setting in result["settings"].values():
-        for i, row in enumerate(rows(setting)):
-            lines.append(" | ".join((setting["title"] if i == 0 else "", *row)))
+    """The tables for a README."""
+    text = ""
+    for header, *rows in tables(result):
+        lines = header, ["---"] * len(header), *rows
+        text += "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    lines = [f"| {line} |" for line in lines]
-    return "\n".join([*lines, "", f"{result['seconds']:.0f} s on {result['hardware']}; {versions}."])
+    return text + f"{result['seconds']:.0f} s on {result['hardware']}; {versions}."
 
 
 def figure(result: dict[str, Any], path: Path) -> None:
-    """One column a setting: accuracy while training, accuracy by class, weight of the watched examples."""
-    settings = list(result["settings"].values())
+    """Accuracy, accuracy by class and weight: of the stream, of 40 % wrong labels, and over the rates of those."""
+    stream, *noisy = result["settings"]
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(3, len(settings), figsize=(3.5 * len(settings), 7.4), layout="constrained", squeeze=False)
-    for (top, middle, bottom), setting in zip(axes.T, settings, strict=True):
-        first, records = setting["first_passes"], setting["passes"] * setting["records_per_pass"]
-        passes = [*range(1, first + 1), *(first + (i + 1) / setting["records_per_pass"] for i in range(records))]
-        width = 0.8 / len(setting["methods"])
-        for i, (name, m) in enumerate(setting["methods"].items()):
-            colour, style = COLOURS[name], {"lw": 2, "ls": "--" if name == "SGD" else "-"}
-            label = f"{name}  {m['accuracy'][0]:.1f} ± {m['accuracy'][1]:.1f} %"
-            top.plot(passes, m["accuracy_by_record"], color=colour, label=label, zorder=3 - i, **style)
-            places = [c + (i + 0.5) * width - 0.4 for c in range(len(m["per_class"]))]
-            middle.bar(places, m["per_class"], width, color=colour)
-            bottom.plot(passes, m["weight_by_record"], color=colour, zorder=3 - i, **style)
-        for axis in (top, bottom):
-            if first:
-                axis.axvline(first + 0.5, color="black", lw=0.8, ls=":")
-            axis.set_xlabel("part of the stream" if setting["records_per_pass"] > 1 else "passes over the data")
-            axis.set_xlim(0 if setting["records_per_pass"] > 1 else 1, passes[-1])
-        top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
-        top.set_ylim(0, 100)
-        top.legend(facecolor="white", edgecolor="none", framealpha=1, loc="lower right", handlelength=1.6, fontsize=8)
-        middle.set_xlabel("class, from frequent to rare" if setting["watched"] == "rare classes" else "class")
-        middle.set_xticks(range(len(m["per_class"])))
-        middle.set_ylim(0, 100)
-        bottom.set_yscale("log")
-        bottom.axhline(1, color="black", lw=0.8, ls=":")
-        bottom.set_title(f"{setting['watched']}: weight relative to the rest", fontsize=9, loc="left")
-    axes[0, 0].set_ylabel("test accuracy in %")
-    axes[1, 0].set_ylabel("test accuracy in %")
-    axes[2, 0].set_ylabel("relative weight")
+    fig, axes = plt.subplots(3, 3, figsize=(10.5, 7.4), layout="constrained")
+    _while_training(axes[:, 0], stream, "rare classes")
+    _while_training(axes[:, 1], next(s for s in noisy if s["noise"] == 0.4), "wrong labels")
+    _over_rates(axes[:, 2], noisy)
+    for axis in axes[2]:
+        axis.set_yscale("log")
+        axis.axhline(1, color="black", lw=0.8, ls=":")
+    for axis, label in zip(axes[:, 0], ("test accuracy in %", "test accuracy in %", "relative weight"), strict=True):
+        axis.set_ylabel(label)
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def _while_training(axes, setting, watched):
+    top, middle, bottom = axes
+    methods = {name: m for name, m in setting["methods"].items() if name in COLOURS}
+    records = setting["passes"] * setting["records_per_pass"]
+    passes = [(i + 1) / setting["records_per_pass"] for i in range(records)]
+    width = 0.8 / len(methods)
+    for i, (name, m) in enumerate(methods.items()):
+        style = {"color": COLOURS[name], "lw": 2, "ls": "--" if name == "SGD" else "-"}
+        top.plot(passes, m["accuracy_by_record"], label=f"{name}  {_pm(m['accuracy'])}", **style)
+        places = [c + (i + 0.5) * width - 0.4 for c in range(len(m["per_class"]))]
+        middle.bar(places, m["per_class"], width, color=COLOURS[name])
+        bottom.plot(passes, m["weight_by_record"], **style)
+    for axis in (top, bottom):
+        axis.set_xlabel("part of the stream" if setting["noise"] is None else "passes over the data")
+    top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
+    top.set_ylim(top=100)
+    top.legend(frameon=False, loc="lower right", handlelength=1.6, fontsize=8)
+    middle.set_xlabel("class, from frequent to rare" if setting["noise"] is None else "class")
+    middle.set_xticks(range(len(m["per_class"])))
+    middle.set_ylim(0, 100)
+    bottom.set_title(f"{watched}: weight relative to the rest", fontsize=9, loc="left")
+
+
+def _over_rates(axes, settings):
+    rates = [100 * s["noise"] for s in settings]
+    panels: tuple[Callable, ...] = (
+        lambda m: m["accuracy"][0],
+        lambda m: m["worst_class"][0],
+        lambda m: m["weight_by_record"][-1] or math.nan,  # there is none without wrong labels
+    )
+    for axis, of in zip(axes, panels, strict=True):
+        lines = {name: [of(s["methods"][name]) for s in settings] for name in settings[0]["methods"]}
+        trusted = list(zip(*(line for name, line in lines.items() if name not in ("SGD", "ABSGD λ")), strict=True))
+        for name in COLOURS.keys() & lines.keys():
+            axis.plot(rates, lines[name], color=COLOURS[name], lw=2, ls="--" if name == "SGD" else "-", marker="o", ms=4)
+        band = {"color": COLOURS["ABSGD trusted fraction"], "alpha": 0.25, "lw": 0}
+        axis.fill_between(rates, [*map(min, trusted)], [*map(max, trusted)], label="misjudged by ± 0.1", **band)
+        axis.set_xlabel("wrong labels in %")
+        axis.set_xticks(rates)
+    top, middle, bottom = axes
+    top.set_title("0 to 60 % wrong labels, MLP", fontweight="bold", fontsize=10, loc="left")
+    top.set_ylim(top=100)
+    top.legend(frameon=False, loc="lower left", handlelength=1.6, fontsize=8)
+    middle.set_title("worst class", fontsize=9, loc="left")
+    middle.set_ylim(0, 100)
+    bottom.set_title("wrong labels: weight relative to the rest", fontsize=9, loc="left")
 
 
 if __name__ == "__main__":

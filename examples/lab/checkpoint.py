@@ -62,7 +62,7 @@ def finish(folder: Path, state: Any, metrics: list[dict[str, Any]]) -> None:
     remove(aside)
     with open_manager(aside) as manager:
         save(manager, 0, state)
-    files.write_json(aside / "metrics.json", metrics)
+    files.write(aside / "metrics.json", json.dumps(metrics).encode())
     remove(folder)
     aside.replace(folder)
 

@@ -22,6 +22,7 @@ class Experiment:
     tables: dict[str, list[dict[str, Any]]]  # a table is a list of changes to a preset
     make_run: Callable[[Recipe], Run]
     evaluate_every: dict[str, int]  # epochs, for each preset
+    tables_of: Callable[[str], Sequence[str]]  # the tables that belong to a dataset
 
     @property
     def name(self) -> str:

@@ -1,5 +1,154 @@
-"""Placeholder."""
+"""Tables and figures of records, drawn from the JSON files alone.
+
+``python -m examples.<experiment> report FOLDER`` writes table.md and PNGs beside the records of each dataset, and for
+results inside the experiment fills its README.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from examples.lab import figures, records
+from examples.lab.errors import UserError
+from examples.lab.experiment import TUNING_SEED, Experiment
+from examples.readme import fill
+
+STRENGTH = ["temperature", "kl_radius", "fraction", "max_weight"]
+FAMILY = ["method", "loss"]
+SYMBOLS = {"temperature": "λ", "kl_radius": "ρ", "fraction": "fraction", "max_weight": "c"}
+NAMES = {
+    "sgd": "SGD", "absgd": "ABSGD", "kl-radius": "ABSGD, KL radius", "trust": "ABSGD, trusted fraction",
+    "focus": "ABSGD, fraction in focus", "adaptive-gamma": "ABSGD, adaptive γ", "term": "TERM", "recover": "RECOVER",
+    "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm",
+    "lws": "LWS",
+}  # fmt: skip
+MISSING = {"fraction": None, "max_weight": np.inf, "kl_radius": None, "validation_accuracy": None}  # of older records
 
 
-def report(experiment, folders):
-    raise NotImplementedError
+def load(folder: Path) -> pd.DataFrame:
+    """The records of a preset, a row each."""
+    rows = [MISSING | records.read(path) for path in sorted(folder.glob("*/*.json"))]
+    if not rows:
+        raise UserError(f"{folder} holds no records: they are in <dataset>/<method>-….json.")
+    frame = pd.DataFrame(rows)
+    numbers = [*STRENGTH, "accuracy", "balanced_accuracy", "validation_accuracy"]
+    frame[numbers] = frame[numbers].apply(pd.to_numeric)
+    frame["strength"] = frame.apply(strength, axis=1)
+    return frame
+
+
+def strength(record: Any) -> str:
+    """What says how uneven the weights are, in words."""
+    given = {name: record[name] for name in STRENGTH if pd.notna(record[name]) and np.isfinite(record[name])}
+    return ", ".join(f"{SYMBOLS[name]} = {value:g}" for name, value in given.items()) or "–"
+
+
+def spread(values: pd.Series, style: str = ".2f") -> str:
+    """Mean ± standard deviation, as far as there are values for it."""
+    values = values.dropna()
+    if len(values) < 2:
+        return f"{values.iloc[0]:{style}}" if len(values) else "–"
+    return f"{values.mean():{style}} ± {values.std():.2f}"
+
+
+def tested(frame: pd.DataFrame) -> pd.DataFrame:
+    """The records that are not for choosing, with the gain over SGD with the same loss and seed."""
+    frame = frame[frame.seed < TUNING_SEED].copy()
+    base = frame[frame.method == "sgd"].set_index(["loss", "seed"]).accuracy
+    frame["gain"] = frame.accuracy - base.reindex(pd.MultiIndex.from_frame(frame[["loss", "seed"]])).to_numpy()
+    return frame
+
+
+def chosen(frame: pd.DataFrame) -> pd.Series:
+    """For each method and loss the strength with the highest mean validation accuracy, or the only one there is."""
+    scores = frame.groupby([*FAMILY, "strength"], sort=False).validation_accuracy.mean().reset_index()
+    best = scores.sort_values("validation_accuracy", ascending=False, na_position="last").groupby(FAMILY, sort=False)
+    only = scores.groupby(FAMILY, sort=False).strength.size() == 1
+    first = best.first()
+    return first.strength.where(only | first.validation_accuracy.notna())
+
+
+def rows(frame: pd.DataFrame, paper: dict[str, Any], expected: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """The table of a dataset: a row for each method and loss at the strength that validation chose."""
+    choice, runs, out = chosen(frame), tested(frame), []
+    found = list(dict.fromkeys([*expected, *zip(frame.method, frame.loss, strict=True)]))
+    for method, loss in found:
+        family = runs[(runs.method == method) & (runs.loss == loss)]
+        picked = choice.get((method, loss))
+        shown = family[family.strength == picked] if isinstance(picked, str) else family.iloc[:0]
+        best = family.groupby("strength").accuracy.mean()
+        number = paper.get(f"{method}/{loss}")
+        out.append(
+            {
+                "method": NAMES.get(method, method),
+                "loss": loss,
+                "strength": picked if len(shown) else "not run" if family.empty else "not chosen",
+                "accuracy": spread(shown.accuracy),
+                "many / medium / few": " / ".join(_mean(shown[name]) for name in ("many", "medium", "few")),
+                "gain over SGD": "" if method == "sgd" else spread(shown.gain, "+.2f"),
+                "paper": f"{number['top1']:.2f}" if number else "–",
+                "best on the test set": f"{best.idxmax()}: {best.max():.2f}" if len(best) > 1 else "–",
+                "seeds": len(shown),
+            }
+        )
+    return pd.DataFrame(out)
+
+
+def _mean(values: pd.Series) -> str:
+    mean = pd.to_numeric(values).mean()
+    return "–" if pd.isna(mean) else f"{mean:.1f}"
+
+
+def validation_table(frame: pd.DataFrame) -> str:
+    """Validation accuracies by which strengths were chosen."""
+    scores = frame.dropna(subset=["validation_accuracy"]).groupby([*FAMILY, "strength"], sort=False)
+    table = scores.validation_accuracy.agg(["mean", "size"]).round(2).reset_index()
+    several = table.groupby(FAMILY).strength.transform("size") > 1
+    return table[several].rename(columns={"mean": "validation accuracy", "size": "seeds"}).to_markdown(index=False)
+
+
+def made_with(frame: pd.DataFrame) -> str:
+    hardware = "; ".join(sorted(set(frame.hardware)))
+    versions = ", ".join(sorted({f"{name} {number}" for each in frame.versions for name, number in each.items()}))
+    return f"{hardware}. A run takes {frame.seconds.mean() / 60:.1f} minutes on average. {versions}."
+
+
+def section(experiment: Experiment, preset: str, dataset: str, frame: pd.DataFrame) -> str:
+    """The table of a dataset and what belongs to it alone, in Markdown."""
+    tables = experiment.tables_of(dataset)
+    pairs = {(r.title, r.loss) for t in tables for r in experiment.recipes(preset, t, dataset, [0])}
+    order = list(NAMES)
+    expected = sorted(pairs, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else len(order)))
+    parts = [rows(frame, experiment.paper.get(dataset, {}), expected).to_markdown(index=False)]
+    if frame.validation_accuracy.notna().any():
+        parts.append(f"<details>\n<summary>Validation accuracy</summary>\n\n{validation_table(frame)}\n\n</details>")
+    return "\n\n".join([*parts, made_with(frame)])
+
+
+LEGEND = """\
+Accuracy: on the test set after the last epoch, in %, mean ± standard deviation over the seeds. Many, medium, few:
+mean accuracy of the classes of over 100, of 20 to 100 and of less than 20 training images. Gain: over SGD with the
+same loss, seed by seed. Strength: λ, the KL radius ρ, the fraction or the bound c, chosen by accuracy on a validation
+split in runs that are not shown. “Best on the test set” is too high by construction. Paper: Qi et al., arXiv
+2012.06951, the best λ of three on the test set, another network."""
+
+
+def report(experiment: Experiment, folders: Sequence[Path]) -> None:
+    """Tables and figures of presets' results."""
+    console, sections, inside = Console(), [], True
+    for folder in folders:
+        for dataset, frame in load(folder).groupby("dataset"):
+            place = folder / str(dataset)
+            text = section(experiment, folder.name, str(dataset), frame)
+            (place / "table.md").write_text(f"{text}\n\n{LEGEND}\n", encoding="utf-8")
+            drawn = figures.draw(frame, tested(frame), chosen(frame), place)
+            inside &= place.resolve().is_relative_to(experiment.folder)
+            pictures = [f"![{path.stem}]({path.resolve().relative_to(experiment.folder)})" for path in drawn if inside]
+            sections.append("\n\n".join([f"### {dataset}, preset {folder.name}", text, *pictures]))
+            console.print(f"{place / 'table.md'} and {', '.join(path.name for path in drawn)}")
+    if inside:
+        fill(experiment.folder / "README.md", "\n\n".join([LEGEND, *sections]))

@@ -207,9 +207,10 @@ def _fit_classifier(run: Run, data: Data, states: State) -> State:
 def _shown(members: Sequence[Run], line: dict[str, Any]) -> str:
     """The first of the runs that train together, for all."""
     numbers = {name: values[0] for name, values in line.items() if isinstance(values, list)}
+    lam = "∞" if abs(numbers["temperature"]) > 1e38 else f"{numbers['temperature']:.3g}"
     accuracy = f"  test {numbers['test_accuracy']:.2f} %" if "test_accuracy" in numbers else ""
     return (
         f"epoch {line['epoch']}/{members[0].epochs}  loss {numbers['loss']:.4f}  rate {numbers['rate']:.3g}  "
-        f"λ {'∞' if abs(numbers['temperature']) > 1e38 else format(numbers['temperature'], '.3g')}  sample size {numbers['sample_size']:.0%}  "
+        f"λ {lam}  sample size {numbers['sample_size']:.0%}  "
         f"largest weight {numbers['largest_weight']:.3g}  {line['seconds']:.1f} s{accuracy}"
     )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from examples.cifar_lt import data, safe_pickle
-from examples.cifar_lt.errors import UserError
-from examples.cifar_lt.imbalance import class_counts, groups, subset
+from examples.lab.errors import UserError
+from examples.cifar_lt.imbalance import class_counts, subset
 from tests.examples.cifar_files import write_cifar10
 
 CIFAR10, CIFAR10_PY = data.ARCHIVES["cifar10"]
@@ -205,8 +205,3 @@ def test_subsets_have_their_counts_and_their_seed():
     assert set(chosen) < set(subset(labels, counts + 5, seed=0))
     with pytest.raises(UserError, match=r"51 images of class 2.*only 50"):
         subset(labels, np.array([1, 1, 51]), seed=0)
-
-
-def test_groups():
-    of = {name: np.flatnonzero(mask).tolist() for name, mask in groups(np.array([101, 19, 20, 500])).items()}
-    assert of == {"head": [0, 3], "tail": [1, 2], "many": [0, 3], "medium": [2], "few": [1]}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples.cifar_lt import noise
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 
 CLEAN = {
     "cifar10": np.random.default_rng(0).permutation(np.arange(50_000) % 10),
@@ -39,6 +39,19 @@ def test_symmetric_noise_is_uniform_over_images_and_other_classes():
     assert np.diag(table) == pytest.approx(np.full(5, 4000), abs=5 * np.sqrt(8000 * 0.5 * 0.5))
     others = table[~np.eye(5, dtype=bool)]
     assert others == pytest.approx(np.full(20, 1000), abs=5 * np.sqrt(8000 * 0.125 * 0.875))
+
+
+def test_asymmetric_noise_goes_to_the_class_that_looks_alike():
+    labels = np.arange(10).repeat(10_000)
+    noisy = noise.wrong("asym", labels, 0.4, 10, 0)
+    into = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+    for c in range(10):
+        changed = noisy[labels == c] != c
+        assert np.mean(changed) == pytest.approx(0.4 if c in into else 0, abs=0.02)
+        assert set(noisy[labels == c][changed]) == ({into[c]} if c in into else set())
+    of_hundred = noise.wrong("asym", np.arange(100).repeat(1000), 0.2, 100, 0)
+    assert set(np.unique((of_hundred - np.arange(100).repeat(1000)) % 100)) == {0, 1}
+    np.testing.assert_array_equal(noise.wrong("sym", labels, 0.4, 10, 0), noise.symmetric(labels, 0.4, 10, 0))
 
 
 def test_symmetric_noise_follows_its_seed():

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from examples.cifar_lt.classifiers import CLASSIFIERS, Linear, balanced_batch, crt, lws, ncm, tau_normalised
+from examples.lab.classifiers import CLASSIFIERS, Linear, balanced_batch, crt, lws, ncm, tau_normalised
 
 COUNTS = (200, 60, 20)
 

@@ -1,0 +1,90 @@
+"""The figures of a dataset's records: gains, accuracy while training, accuracy by class."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from examples.lab import style
+
+SHOWN = ("sgd", "absgd", "kl-radius", "trust", "focus")  # in the pictures of training and of classes
+
+
+def draw(frame: pd.DataFrame, tested: pd.DataFrame, chosen: pd.Series, folder: Path) -> list[Path]:
+    """Draws what there is something to see of; returns the files."""
+    picked = tested[
+        [chosen.get((m, lo)) == s for m, lo, s in zip(tested.method, tested.loss, tested.strength, strict=True)]
+    ]
+    drawn = []
+    for name, figure in (("gains", gains(picked)), ("training", training(picked)), ("classes", classes(picked))):
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)
+        if figure is not None:
+            figure.savefig(path)
+            plt.close(figure)
+            drawn.append(path)
+    return drawn
+
+
+def gains(picked: pd.DataFrame):
+    """Gain over SGD with the same loss, a bar for each method and loss, and a dot for each seed."""
+    runs = picked[(picked.method != "sgd") & picked.gain.notna()]
+    families = list(runs.groupby(["loss", "method"], sort=True))
+    if len(families) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.24 * len(families)), layout="constrained")
+    for place, ((_, method), family) in enumerate(families):
+        axis.barh(place, family.gain.mean(), 0.7, color=style.colour(method), alpha=0.8)
+        axis.plot(family.gain, np.full(len(family), place), ".", color="black", ms=4)
+    labels = [f"{method} {family.strength.iloc[0]} ({loss})" for (loss, method), family in families]
+    axis.set_yticks(range(len(families)), labels)
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlabel("gain over SGD with the same loss, points of accuracy")
+    return figure
+
+
+def training(picked: pd.DataFrame):
+    """Test accuracy while training, mean over seeds, for each loss; the second stage is marked."""
+    runs = picked[picked.method.isin(SHOWN)]
+    runs = runs[[len(each["test_accuracy"]) > 1 for each in runs.by_epoch]]
+    losses = [loss for loss, family in runs.groupby("loss", sort=False) if family.method.nunique() > 1]
+    if not losses:
+        return None
+    figure, axes = plt.subplots(
+        1, len(losses), figsize=(3.2 * len(losses), 2.8), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, loss in zip(axes[0], losses, strict=True):
+        for method, family in runs[runs.loss == loss].groupby("method", sort=False):
+            series = np.array([each["test_accuracy"] for each in family.by_epoch])
+            label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
+            axis.plot(*series.mean(axis=0).T, marker=".", color=style.colour(method), label=label)
+        begins = np.cumsum(family.stages.iloc[0])[:-1]
+        if len(begins):
+            axis.axvline(begins[-1], color="black", lw=0.8, ls=":")
+        axis.set_title(loss, loc="left", fontsize=9)
+        axis.set_xlabel("epoch")
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel("test accuracy, %")
+    return figure
+
+
+def classes(picked: pd.DataFrame):
+    """Accuracy of each class, from frequent to rare, with cross entropy."""
+    runs = picked[(picked.loss == "ce") & picked.method.isin(SHOWN)]
+    if runs.method.nunique() < 2 or len(set(runs.class_counts.iloc[0])) == 1:
+        return None
+    counts = np.array(runs.class_counts.iloc[0])
+    order = np.argsort(-counts, kind="stable")
+    figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+    for method, family in runs.groupby("method", sort=False):
+        label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
+        mean = np.nanmean(np.array(family.per_class.tolist(), float), axis=0)[order]
+        axis.plot(mean, marker="." if len(order) <= 20 else None, color=style.colour(method), label=label)
+    if len(order) <= 20:
+        axis.set_xticks(range(len(order)), [f"{count:,}" for count in counts[order]])
+    axis.set_xlabel("training images of the class" if len(order) <= 20 else "class, from frequent to rare")
+    axis.set_ylabel("test accuracy, %")
+    axis.legend()
+    return figure

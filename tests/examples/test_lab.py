@@ -1,0 +1,401 @@
+"""The laboratory: shared stages, stops and kills, runs together and alone, records, and an experiment from outside."""
+
+import dataclasses
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from examples.lab import checkpoint, cli, plan, records, report, trainer
+from examples.lab.config import SGD, Run, Stage, describe, fingerprint
+from examples.lab.errors import OutOfTimeError, UsageError, UserError
+from examples.lab.methods.absgd import Absgd
+from examples.lab.methods.look_ahead import L2rw, Meta
+from examples.lab.methods.recover import Recover
+from examples.lab.recipe import METHODS, Recipe
+from tests.examples.toy_experiment import EXPERIMENT, Clouds
+
+ROOT = Path(__file__).parents[2]
+FIRST = Stage(epochs=2, rate=(0.1, 0.1), batch_size=40)
+QUIET = Console(quiet=True)
+
+
+def run_of(*stages, seed=0):
+    return Run(task=Clouds(), seed=seed, stages=stages)
+
+
+def settings(tmp_path, **changes):
+    return trainer.Settings(tmp_path, tmp_path / "work", 1)._replace(**changes)
+
+
+def end_of(run, where):
+    return jax.tree.map(np.asarray, trainer.left_by(run, where)[0])
+
+
+def train(runs, where):
+    trainer.train(runs, where, QUIET, lambda run: None)
+    return [end_of(run, where) for run in runs]
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def second(method, **changes):
+    return dataclasses.replace(FIRST, rate=(0.1, 0.0), method=method, **changes)
+
+
+WAYS = {
+    "SGD": second(SGD),
+    "ABSGD": second(Absgd(1.0)),
+    "bounded": second(Absgd(1.0, max_weight=3.0)),
+    "negative": second(Absgd(-2.0)),
+    "KL radius": second(Absgd(kl_radius=0.5)),
+    "trust": second(Absgd(trust=0.7)),
+    "focus": second(Absgd(focus=0.5)),
+    "SCENT": second(Absgd(1.0, log_alpha=-1.0)),
+    "TERM": second(Absgd(1.0, gamma=1.0)),
+    "META": second(Meta(), class_weights=True),
+    "L2RW": second(L2rw()),
+    "RECOVER": second(Recover(1.0)),
+    "balanced batches": second(SGD, balanced_batches=True),
+    "mixup, smoothing": second(SGD, mixup=True, label_smoothing=0.1),
+    "balanced softmax": second(SGD, loss="balanced-softmax"),
+    "classifier only": second(SGD, trained="classifier"),
+    "no momentum": second(SGD, momentum=0.0),
+    **{name: Stage(classifier=name) for name in ("ncm", "crt", "tau-norm", "lws")},
+}
+
+
+@pytest.fixture(scope="module")
+def all_ways(tmp_path_factory):
+    """Every way of a second stage, after one first stage."""
+    where = settings(tmp_path_factory.mktemp("lab"))
+    runs = {name: run_of(FIRST, stage) for name, stage in WAYS.items()}
+    finished = []
+    trainer.train(list(runs.values()), where, QUIET, finished.append)
+    assert set(finished) == set(runs.values())
+    assert len(finished) == len(runs)
+    return where, runs
+
+
+@pytest.mark.xdist_group("all ways")
+@pytest.mark.parametrize("name", WAYS)
+def test_every_method_trains(all_ways, name):
+    where, runs = all_ways
+    state, lines = trainer.left_by(runs[name], where)
+    assert [line["epoch"] for line in lines][:4] == ([1, 2, 3, 4] if WAYS[name].epochs else [1, 2, 2])
+    assert all(math.isfinite(line.get("loss", 0)) for line in lines)
+    assert lines[-1]["test_accuracy"] > 50
+    other, _ = trainer.left_by(runs["SGD"] if WAYS[name].epochs else run_of(FIRST), where)
+    different = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, other.params)
+    changed = {path[0].key for path, d in jax.tree_util.tree_leaves_with_path(different) if d}
+    expected = {"classifier"} if not WAYS[name].epochs else {"hidden", "norm", "classifier"}
+    assert changed == (set() if name == "SGD" else expected)
+
+
+@pytest.mark.xdist_group("all ways")
+def test_a_stage_that_trains_the_classifier_leaves_the_rest(all_ways):
+    where, runs = all_ways
+    after, before = end_of(runs["classifier only"], where), end_of(run_of(FIRST), where)
+    same(after.params["hidden"], before.params["hidden"])
+    assert (after.params["classifier"]["kernel"][...] != before.params["classifier"]["kernel"][...]).any()
+
+
+@pytest.mark.xdist_group("all ways")
+def test_first_stages_are_trained_once(all_ways):
+    where, runs = all_ways
+    assert len(list(plan.groups(runs.values(), lambda run: False, 1))) == len(runs) + 1
+    first = {tuple(line["loss"] for line in trainer.left_by(run, where)[1][:2]) for run in runs.values()}
+    assert len(first) == 1
+
+
+def test_momentum_sgd_by_hand(tmp_path):
+    """The whole trainer against a loop over NumPy batches and Optax's own SGD."""
+    stages = (
+        dataclasses.replace(FIRST, weight_decay=1e-2, nesterov=True),
+        second(SGD, weight_decay=1e-2, nesterov=True),
+    )
+    run, data = run_of(*stages), Clouds().load(tmp_path)
+    (end,) = train([run], settings(tmp_path))
+    state = trainer.first_state(run.task, FIRST, 0)
+    graphdef = nnx.split(run.task.network("ce", nnx.Rngs(0)), nnx.Param, ...)[0]
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, rest, x, y):
+        return loss(params, rest, x, y)[0]
+
+    def loss(params, rest, x, y):
+        module = nnx.merge(graphdef, params, rest, copy=True)
+        logits = module(x, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), nnx.state(module, nnx.Not(nnx.Param))
+
+    params, rest, step = state.params, state.rest, 0
+    momentum = jax.tree.map(jnp.zeros_like, params)
+    for epoch in range(4):
+        key = trainer.epoch_key(state.key, jnp.int32(step), trainer.STEPS)
+        for batch in np.asarray(jax.random.permutation(key, 200)).reshape(5, 40):
+            x, y = data.train.inputs[batch], data.train.labels[batch]
+            grads, (_, rest) = gradient(params, rest, x, y), loss(params, rest, x, y)
+            grads = jax.tree.map(lambda g, p: g + 1e-2 * p, grads, params)
+            momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
+            rate = 0.1 if epoch < 2 else 0.1 * (1 - (step - 10) / 10)
+            params = jax.tree.map(lambda p, m, g: p - rate * (0.9 * m + g), params, momentum, grads)  # noqa: B023
+            step += 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), end.params, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), end.rest, rest)
+
+
+def test_rates_by_step_and_by_epoch():
+    at = lambda stage: [float(stage.rate_at(jnp.int32(s), jnp.int32(2))) for s in range(stage.epochs * 2)]  # noqa: E731
+    np.testing.assert_allclose(at(Stage(epochs=2, rate=(1.0, 0.0))), [1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(at(Stage(epochs=3, rate=(1.0, 0.0), rate_by_epoch=True)), [1, 1, 0.5, 0.5, 0, 0])
+    np.testing.assert_allclose(at(Stage(epochs=1, rate=(1.0, 0.0), rate_by_epoch=True)), [1, 1])
+
+
+def test_runs_together_are_the_runs_alone(tmp_path):
+    methods = (SGD, Absgd(1.0), Absgd(-2.0))
+    runs = [run_of(FIRST, second(method), seed=seed) for seed in (0, 1) for method in methods]
+    runs.append(run_of(FIRST, Stage(classifier="crt"), seed=1))
+    together = settings(tmp_path / "together", together=4)
+    assert [len(members) for members in plan.groups(runs, lambda run: False, 4)] == [2, 4, 2, 1]
+    for one, other in zip(train(runs, together), train(runs, settings(tmp_path / "alone")), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
+
+
+def test_a_batch_over_devices_is_the_batch_on_one(tmp_path):
+    runs = [run_of(FIRST, second(Absgd(1.0))), run_of(FIRST, second(Meta()))]
+    over = train(runs, settings(tmp_path / "over", devices=8))
+    for one, other in zip(over, train(runs, settings(tmp_path / "alone")), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
+
+
+def test_a_run_that_stops_in_every_epoch_ends_like_one_that_does_not(tmp_path):
+    runs = [run_of(FIRST, second(Absgd(kl_radius=0.5))), run_of(FIRST, second(Meta()))]
+    stopped, stops = settings(tmp_path / "stopped", deadline=0.0), 0
+    while True:
+        try:
+            ends = train(runs, stopped)
+            break
+        except OutOfTimeError:
+            stops += 1
+    assert stops == 6
+    straight = settings(tmp_path / "straight")
+    for one, other, run in zip(ends, train(runs, straight), runs, strict=True):
+        same(one, other)
+        lines = [trainer.left_by(run, where)[1] for where in (stopped, straight)]
+        assert [{k: v for k, v in line.items() if k != "seconds"} for line in lines[0]] == [
+            {k: v for k, v in line.items() if k != "seconds"} for line in lines[1]
+        ]
+    assert not list((tmp_path / "stopped" / "work").glob("together-*"))
+
+
+def command(*arguments):
+    return [sys.executable, "-W", "error", "-m", "tests.examples.toy_experiment", *map(str, arguments)]
+
+
+def start(*arguments):
+    return subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_runs_go_on_and_a_second_process_is_kept_out(tmp_path):
+    arguments = (
+        "sweep",
+        "--seeds",
+        1,
+        "--methods",
+        "sgd",
+        "absgd",
+        "--out",
+        tmp_path / "out",
+        "--work",
+        tmp_path / "work",
+    )
+    first = start(*arguments)
+    for _ in itertools.takewhile(lambda _: not list(tmp_path.glob("work/*/checkpoints/*")), range(600)):
+        time.sleep(0.1)
+    other = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 1
+    assert other.stderr.startswith("Another process trains in")
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    once = subprocess.run(
+        command(*arguments[:5], "--out", tmp_path / "once", "--work", tmp_path / "once-work"), cwd=ROOT
+    )
+    assert once.returncode == 0
+    files = sorted(path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/tiny/clouds/*.json"))
+    assert len(files) == 6  # SGD with two losses, and two strengths that have another run each to be chosen by
+    for name in files:
+        two = [records.read(tmp_path / folder / name) for folder in ("out", "once")]
+        for record in two:
+            del record["seconds"]
+        assert two[0] == two[1]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    arguments = ["sweep", "--seeds", "2", "--out", str(folder / "out"), "--work", str(folder / "work")]
+    assert cli.main(EXPERIMENT, arguments) == 0
+    return folder
+
+
+@pytest.mark.xdist_group("swept")
+def test_a_record_says_what_was_asked_for_and_what_came_out(swept):
+    record = records.read(swept / "out/tiny/clouds/absgd-ce-t5-s1.json")
+    assert {
+        "experiment": "toy", "preset": "tiny", "dataset": "clouds", "method": "absgd", "loss": "ce", "temperature": 5.0,
+        "kl_radius": None, "max_weight": "inf", "gamma": 0.9, "seed": 1, "class_counts": [180, 20], "diverged": False,
+        "command": "python -m examples.toy train --preset tiny --method absgd --temperature 5.0 --seed 1",
+    }.items() <= record.items()  # fmt: skip
+    assert record["balanced_accuracy"] == pytest.approx(np.mean(record["per_class"]))
+    assert record["accuracy"] == pytest.approx(record["balanced_accuracy"])  # of a balanced test set
+    assert (record["many"], record["medium"], record["few"]) == (*record["per_class"], None)
+    assert record["validation_accuracy"] is None
+    assert float(records.read(swept / "out/tiny/clouds/sgd-ce-s0.json")["temperature"]) == math.inf
+    chosen_by = records.read(swept / "out/tiny/clouds/absgd-ce-t5-s1000.json")
+    assert chosen_by["validation_accuracy"] > 50
+    assert {"versions", "hardware", "seconds", "config"} <= set(record)
+
+
+@pytest.mark.xdist_group("swept")
+def test_the_report_is_drawn_from_the_records(swept, capsys):
+    assert cli.main(EXPERIMENT, ["report", str(swept / "out/tiny")]) == 0
+    text = (swept / "out/tiny/clouds/table.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    table = {(row[0], row[1]): row for row in rows[1:]}
+    runs = [records.read(swept / f"out/tiny/clouds/sgd-ce-s{seed}.json")["accuracy"] for seed in (0, 1)]
+    assert table["SGD", "ce"][3] == f"{np.mean(runs):.2f} ± {np.std(runs, ddof=1):.2f}"
+    by_validation = {
+        t: records.read(swept / f"out/tiny/clouds/absgd-ce-t{t}-s1000.json")["validation_accuracy"] for t in (1, 5)
+    }
+    best = max(by_validation, key=by_validation.get)
+    assert table["ABSGD", "ce"][2] == f"λ = {best}"
+    gains = [records.read(swept / f"out/tiny/clouds/absgd-ce-t{best}-s{s}.json")["accuracy"] - runs[s] for s in (0, 1)]
+    assert table["ABSGD", "ce"][5] == f"{np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}"
+    assert table["SGD", "cb-ce"][-1] == "2"
+    assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
+
+
+@pytest.mark.xdist_group("swept")
+def test_a_method_that_was_not_run_says_so(swept, tmp_path):
+    kept = tmp_path / "tiny" / "clouds"
+    kept.mkdir(parents=True)
+    for name in ("sgd-ce-s0", "absgd-ce-t1-s0", "absgd-ce-t5-s0"):
+        (kept / f"{name}.json").write_text((swept / f"out/tiny/clouds/{name}.json").read_text())
+    report.report(EXPERIMENT, [tmp_path / "tiny"])
+    text = (kept / "table.md").read_text()
+    assert "not chosen" in next(line for line in text.splitlines() if line.startswith("| ABSGD"))
+    assert "not run" in next(line for line in text.splitlines() if line.startswith("| NCM"))
+    with pytest.raises(UserError, match="holds no records"):
+        report.report(EXPERIMENT, [tmp_path])
+
+
+@pytest.mark.xdist_group("swept")
+def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
+    path = tmp_path / "tiny" / "clouds" / "sgd-ce-s0.json"
+    path.parent.mkdir(parents=True)
+    content = json.loads((swept / "out/tiny/clouds/sgd-ce-s0.json").read_text())
+    content["config"]["subset_seed"] = 7
+    path.write_text(json.dumps(content))
+    recipe = EXPERIMENT.presets["tiny"]
+    with pytest.raises(UserError, match="subset_seed: 7 there, None here"):
+        records.is_done(path, recipe, EXPERIMENT.make_run(recipe))
+    path.write_text("{")
+    with pytest.raises(UserError, match="not the record of a run"):
+        records.is_done(path, recipe, EXPERIMENT.make_run(recipe))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "0", "--method", "absgd"], "--temperature 0"),
+        (["--method", "absgd"], "needs --temperature"),
+        (["--temperature", "1"], "--temperature 1.0 is for absgd"),
+        (["--method", "hinge"], "--method hinge: choose from"),
+        (["--loss", "cb-hinge"], "--loss cb-hinge: choose from"),
+        (["--kl-radius", "-1", "--method", "kl-radius"], "--kl-radius -1"),
+        (["--fraction", "nan", "--method", "trust"], "--fraction nan"),
+        (["--max-weight", "1", "--method", "absgd", "--temperature", "1"], "--max-weight 1"),
+        (["--gamma", "0"], "--gamma 0"),
+        (["--log-alpha", "nan", "--method", "adaptive-gamma", "--temperature", "1"], "--log-alpha nan"),
+        (["--seed", "2147483648"], "--seed 2147483648"),
+        (["--subset-seed", "-1"], "--subset-seed -1"),
+        (["--validation", "1"], "--validation 1"),
+        (["--classifier", "svm"], "--classifier svm"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_sentence_and_exit_2(arguments, message, capsys):
+    assert cli.main(EXPERIMENT, ["train", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(message) or message in line
+
+
+def test_a_loss_that_is_not_finite_ends_in_exit_1(tmp_path, capsys, monkeypatch):
+    blow_up = lambda recipe: run_of(dataclasses.replace(FIRST, rate=(1e30, 1e30)))  # noqa: E731
+    experiment = dataclasses.replace(EXPERIMENT, make_run=blow_up)
+    arguments = ["train", "--work", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert cli.main(experiment, arguments) == 1
+    assert "loss was not finite" in capsys.readouterr().err
+    record = records.read(tmp_path / "out/tiny/clouds/sgd-ce-s0.json")
+    assert record["diverged"]
+    assert "NaN" not in (tmp_path / "out/tiny/clouds/sgd-ce-s0.json").read_text()
+
+
+def test_unknown_commands_tables_and_methods(capsys):
+    assert cli.main(EXPERIMENT, ["fly"]) == 2
+    assert cli.main(EXPERIMENT, []) == 0
+    assert cli.main(EXPERIMENT, ["sweep", "--tables", "9"]) == 2
+    assert cli.main(EXPERIMENT, ["sweep", "--methods", "adam"]) == 2
+    assert cli.main(EXPERIMENT, ["sweep", "--seeds", "0"]) == 2
+    assert "adam: choose from absgd" in capsys.readouterr().err
+
+
+def test_states_are_restored_by_name(tmp_path):
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, 0, {"a": jnp.zeros(2), "b": jnp.ones(2)})
+        swapped = checkpoint.restore(manager, {"b": jnp.empty(2), "a": jnp.empty(2)})
+        np.testing.assert_array_equal(swapped["a"], 0)
+        with pytest.raises(Exception, match="c"):
+            checkpoint.restore(manager, {"a": jnp.empty(2), "c": jnp.empty(2)})
+
+
+def test_changed_code_never_continues_an_old_stage(monkeypatch):
+    run = run_of(FIRST)
+    before = plan.key(run)
+    plan.key.cache_clear()
+    assert plan.key(run) == before
+    plan.key.cache_clear()
+    monkeypatch.setattr(plan, "program", lambda: "other code")
+    assert plan.key(run) != before
+    plan.key.cache_clear()
+
+
+def test_new_fields_change_no_old_description():
+    assert describe(SGD) == {"is": "Absgd"}
+    assert describe(Absgd(2.0)) == {"is": "Absgd", "temperature": 2.0}
+    assert describe(Recipe(preset="a", dataset="b", validation=0.1))["validation"] == 0.1
+    assert fingerprint(run_of(FIRST)) != fingerprint(run_of(FIRST, seed=1))
+    assert json.dumps(describe(run_of(dataclasses.replace(FIRST, method=Absgd(-math.inf)))), allow_nan=False)
+
+
+def test_methods_are_found_in_their_folder():
+    assert {"sgd", "absgd", "trust", "focus", "meta", "l2rw", "recover"} <= set(METHODS)
+    with pytest.raises(UsageError, match="is for trust, focus, not for absgd"):
+        Recipe(preset="", dataset="", method="absgd", temperature=1.0, fraction=0.5)

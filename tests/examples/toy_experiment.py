@@ -1,0 +1,67 @@
+"""An experiment of a few lines from outside: two clouds of points, one of them rare."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from examples.lab import cli
+from examples.lab.config import SGD, Run, Stage
+from examples.lab.experiment import Experiment
+from examples.lab.recipe import Recipe
+from examples.lab.task import Data, Split, Task
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.norm = nnx.Linear(2, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.classifier = nnx.Linear(8, 2, rngs=rngs)
+
+    def features(self, x, *, train):
+        return nnx.relu(self.norm(self.hidden(x), use_running_average=not train))
+
+    def __call__(self, x, *, train):
+        return self.classifier(self.features(x, train=train))
+
+
+@dataclasses.dataclass(frozen=True)
+class Clouds(Task):
+    rare: int = 20
+    validation: float = 0.0
+    classes = 2
+
+    def load(self, data_dir):
+        rng = np.random.default_rng(0)
+        draw = lambda *counts: Split(  # noqa: E731
+            np.concatenate([rng.normal(2 * c, 1, (n, 2)) for c, n in enumerate(counts)]).astype(np.float32),
+            np.repeat(np.arange(2), counts).astype(np.int32),
+        )
+        return Data(draw(180, self.rare), draw(50, 50), draw(30, 30) if self.validation else None, draw(10, 10))
+
+    def network(self, loss, rngs):
+        return Network(rngs)
+
+
+def make_run(recipe):
+    first = Stage(epochs=2, rate=(0.1, 0.1), batch_size=40, loss=recipe.loss.removeprefix("cb-"), method=SGD)
+    weighted = recipe.loss.startswith("cb-")
+    second = dataclasses.replace(first, rate=(0.1, 0.0), method=recipe.make_method(), class_weights=weighted)
+    fit = (Stage(classifier=recipe.classifier),) if recipe.classifier else ()
+    stages = (first, dataclasses.replace(second, balanced_batches=recipe.balanced_batches), *fit)
+    return Run(task=Clouds(validation=recipe.validation), seed=recipe.seed, stages=stages)
+
+
+STRONG = [{"method": "absgd", "temperature": t} for t in (1.0, 5.0)]
+EXPERIMENT = Experiment(
+    folder=Path(__file__).parent / "toy",
+    presets={"tiny": Recipe(preset="tiny", dataset="clouds")},
+    tables={"1": [{}, *STRONG, {"loss": "cb-ce"}, {"classifier": "ncm"}], "2": [{"method": "meta"}]},
+    make_run=make_run,
+    evaluate_every={"tiny": 1},
+    tables_of=lambda dataset: ("1",),
+)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(EXPERIMENT))
