@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from examples.cifar_lt import data, safe_pickle
-from examples.lab.errors import UserError
 from examples.cifar_lt.imbalance import class_counts, subset
+from examples.lab.errors import UserError
 from tests.examples.cifar_files import write_cifar10
 
 CIFAR10, CIFAR10_PY = data.ARCHIVES["cifar10"]

@@ -79,47 +79,29 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def all_ways(tmp_path_factory):
-    """Every way of a second stage, after one first stage."""
-    where = settings(tmp_path_factory.mktemp("lab"))
+def test_every_method_trains_after_a_first_stage_that_is_trained_once(tmp_path):
+    where, finished = settings(tmp_path), []
     runs = {name: run_of(FIRST, stage) for name, stage in WAYS.items()}
-    finished = []
+    assert len(list(plan.groups(runs.values(), lambda run: False, 1))) == len(runs) + 1
     trainer.train(list(runs.values()), where, QUIET, finished.append)
     assert set(finished) == set(runs.values())
     assert len(finished) == len(runs)
-    return where, runs
 
-
-@pytest.mark.xdist_group("all ways")
-@pytest.mark.parametrize("name", WAYS)
-def test_every_method_trains(all_ways, name):
-    where, runs = all_ways
-    state, lines = trainer.left_by(runs[name], where)
-    assert [line["epoch"] for line in lines][:4] == ([1, 2, 3, 4] if WAYS[name].epochs else [1, 2, 2])
-    assert all(math.isfinite(line.get("loss", 0)) for line in lines)
-    assert lines[-1]["test_accuracy"] > 50
-    other, _ = trainer.left_by(runs["SGD"] if WAYS[name].epochs else run_of(FIRST), where)
-    different = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, other.params)
-    changed = {path[0].key for path, d in jax.tree_util.tree_leaves_with_path(different) if d}
-    expected = {"classifier"} if not WAYS[name].epochs else {"hidden", "norm", "classifier"}
-    assert changed == (set() if name == "SGD" else expected)
-
-
-@pytest.mark.xdist_group("all ways")
-def test_a_stage_that_trains_the_classifier_leaves_the_rest(all_ways):
-    where, runs = all_ways
-    after, before = end_of(runs["classifier only"], where), end_of(run_of(FIRST), where)
-    same(after.params["hidden"], before.params["hidden"])
-    assert (after.params["classifier"]["kernel"][...] != before.params["classifier"]["kernel"][...]).any()
-
-
-@pytest.mark.xdist_group("all ways")
-def test_first_stages_are_trained_once(all_ways):
-    where, runs = all_ways
-    assert len(list(plan.groups(runs.values(), lambda run: False, 1))) == len(runs) + 1
-    first = {tuple(line["loss"] for line in trainer.left_by(run, where)[1][:2]) for run in runs.values()}
-    assert len(first) == 1
+    first, sgd = (trainer.left_by(run, where)[0] for run in (run_of(FIRST), runs["SGD"]))
+    seen = set()
+    for name, stage in WAYS.items():
+        state, lines = trainer.left_by(runs[name], where)
+        assert [line["epoch"] for line in lines] == ([1, 2, 3, 4] if stage.epochs else [1, 2, 2]), name
+        assert all(math.isfinite(line.get("loss", 0)) for line in lines), name
+        assert lines[-1]["test_accuracy"] > 50, name
+        seen.add(tuple(line["loss"] for line in lines[:2]))
+        other = sgd if stage.epochs and name != "classifier only" else first
+        different = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, other.params)
+        changed = {path[0].key for path, d in jax.tree_util.tree_leaves_with_path(different) if d}
+        all_parts = stage.epochs and stage.trained == "all"
+        expected = {"hidden", "norm", "classifier"} if all_parts else {"classifier"}
+        assert changed == (set() if name == "SGD" else expected), name
+    assert len(seen) == 1
 
 
 def test_momentum_sgd_by_hand(tmp_path):
@@ -235,7 +217,7 @@ def test_killed_runs_go_on_and_a_second_process_is_kept_out(tmp_path):
     done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     once = subprocess.run(
-        command(*arguments[:5], "--out", tmp_path / "once", "--work", tmp_path / "once-work"), cwd=ROOT
+        command(*arguments[:6], "--out", tmp_path / "once", "--work", tmp_path / "once-work"), cwd=ROOT
     )
     assert once.returncode == 0
     files = sorted(path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/tiny/clouds/*.json"))
@@ -255,7 +237,6 @@ def swept(tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("swept")
 def test_a_record_says_what_was_asked_for_and_what_came_out(swept):
     record = records.read(swept / "out/tiny/clouds/absgd-ce-t5-s1.json")
     assert {
@@ -273,7 +254,6 @@ def test_a_record_says_what_was_asked_for_and_what_came_out(swept):
     assert {"versions", "hardware", "seconds", "config"} <= set(record)
 
 
-@pytest.mark.xdist_group("swept")
 def test_the_report_is_drawn_from_the_records(swept, capsys):
     assert cli.main(EXPERIMENT, ["report", str(swept / "out/tiny")]) == 0
     text = (swept / "out/tiny/clouds/table.md").read_text()
@@ -292,7 +272,6 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
     assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
 
 
-@pytest.mark.xdist_group("swept")
 def test_a_method_that_was_not_run_says_so(swept, tmp_path):
     kept = tmp_path / "tiny" / "clouds"
     kept.mkdir(parents=True)
@@ -306,7 +285,6 @@ def test_a_method_that_was_not_run_says_so(swept, tmp_path):
         report.report(EXPERIMENT, [tmp_path])
 
 
-@pytest.mark.xdist_group("swept")
 def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
     path = tmp_path / "tiny" / "clouds" / "sgd-ce-s0.json"
     path.parent.mkdir(parents=True)
