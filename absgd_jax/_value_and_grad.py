@@ -101,20 +101,21 @@ def value_and_grad(
             "aux_accumulator=, a member of optax.microbatching.AccumulationType (CONCAT for what each example has, "
             "MEAN for batch statistics and scalars) or a prefix tree of them."
         )
-    theirs = set(OWN_KEYWORDS) & _parameter_names(per_example_loss)
+    theirs = _parameter_names(per_example_loss) & set(OWN_KEYWORDS)
 
     def f(params, *args, **kwargs):
         own = {name: kwargs.pop(name, None) for name in OWN_KEYWORDS if name not in theirs}
         temperature, limit = _find_temperature(own.get("state"), own.get("temperature"), theirs)
 
-        def risk_of(params, args, where, weights, kwargs):
+        def risk_of(params, batch, kwargs):
+            args, where, weights = batch
             losses, aux = _losses_and_aux(per_example_loss(params, *args, **kwargs), has_aux)
             options = {"weights": weights, "where": where, "threshold": limit, "axis_name": axis_name}
             part = reduce(losses, temperature, **options)
             return part.risk, (part, aux)
 
         def part_and_grads(params, batch, kwargs):
-            (_, (part, aux)), grads = jax.value_and_grad(risk_of, has_aux=True)(params, *batch, kwargs)
+            (_, (part, aux)), grads = jax.value_and_grad(risk_of, has_aux=True)(params, batch, kwargs)
             return part, grads, aux
 
         batch = (args, own.get("where"), own.get("weights"))
@@ -122,15 +123,14 @@ def value_and_grad(
         if num_microbatches == 1:
             part, grads, aux = part_and_grads(_devices.make_varying(params, typed), batch, kwargs)
         else:
-            batch_at, kwargs_at, examples = _slices(batch, kwargs, num_microbatches)
-            risk, _ = jax.eval_shape(lambda i: risk_of(params, *batch_at(i), kwargs_at(i)), 0)
+            slice_at, examples = _slices(batch, kwargs, num_microbatches)
+            risk, _ = jax.eval_shape(lambda i: risk_of(params, *slice_at(i)), 0)
             typed |= _devices.varying(jnp.zeros_like(risk))  # each device has shares of its own
             local = _devices.make_varying(params, typed)
-            part_at = lambda i: part_and_grads(local, batch_at(i), kwargs_at(i))  # noqa: E731
+            part_at = lambda i: part_and_grads(local, *slice_at(i))  # noqa: E731
             part, grads, aux = _merge_slices(part_at, num_microbatches, temperature)
-            leave = lambda how, below: jax.tree.map(partial(_leave, how, examples), below)  # noqa: E731
-            aux = jax.tree.map(leave, aux_accumulator, aux)
             grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
+            aux = _leave(aux_accumulator, aux, examples)
         grads = _devices.sum_gradients(grads, params, typed, untyped, sharded)
         value = (part.risk, part.kl) if with_kl else part.risk
         return ((value, aux) if has_aux else value), grads
@@ -145,7 +145,7 @@ def _parameter_names(function: Callable[..., Any]) -> set[str]:
         return set()
 
 
-def _losses_and_aux(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+def _losses_and_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"per_example_loss returned a {type(out).__name__}: with has_aux=True return (losses, aux).")
     losses, aux = out if has_aux else (out, None)
@@ -163,7 +163,7 @@ def _losses_and_aux(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
 
 
 def _slices(batch, kwargs, k: int):
-    """The batch and the keyword arguments of slice i, as functions of i, and the number of its examples.
+    """Slice i of the batch and its keyword arguments, as a function of i, and the number of its examples.
 
     (B, ...) is reshaped to (B/k, k, ...), of which slice i is [:, i]: a sharding of the first axis divides it evenly.
     """
@@ -174,13 +174,11 @@ def _slices(batch, kwargs, k: int):
     _count_examples((args, options), k)
     split = jax.tree.map(lambda x: jnp.reshape(x, (examples // k, k, *jnp.shape(x)[1:])), (args, *options))
 
-    def batch_at(i):
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), split)
+    def slice_at(i):
+        own = jax.tree.map(lambda x: jax.random.fold_in(x, i) if _is_key(x) else x, kwargs)
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), split), own
 
-    def kwargs_at(i):
-        return jax.tree.map(lambda x: jax.random.fold_in(x, i) if _is_key(x) else x, kwargs)
-
-    return batch_at, kwargs_at, examples // k
+    return slice_at, examples // k
 
 
 def _merge_slices(part_at, k: int, temperature):
@@ -200,18 +198,22 @@ def _merge_slices(part_at, k: int, temperature):
     return part, grads, aux
 
 
-def _leave(how: AccumulationType, examples: int, x: jax.Array) -> jax.Array:
-    """What all slices together make of an aux, which is stacked along the first axis."""
-    if how is AccumulationType.CONCAT and x.shape[1:2] == (examples,):
-        return jnp.reshape(jnp.swapaxes(x, 0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]))
-    if how is AccumulationType.SUM:
-        return jnp.sum(x, axis=0)
-    if how in (AccumulationType.MEAN, AccumulationType.RUNNING_MEAN) and jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.mean(x, axis=0)
-    raise ValueError(
-        f"aux has a leaf of shape {x.shape[1:]} and dtype {x.dtype}, which cannot leave the micro-batches by {how}: "
-        f"CONCAT needs the examples (here {examples} a micro-batch) as first axis, MEAN needs floating-point numbers."
-    )
+def _leave(accumulator, aux, examples: int):
+    """What the micro-batches together make of aux, of which each leaf is stacked along its first axis."""
+
+    def leave(how, x):
+        if how is AccumulationType.CONCAT and x.shape[1:2] == (examples,):
+            return jnp.reshape(jnp.swapaxes(x, 0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]))
+        if how is AccumulationType.SUM:
+            return jnp.sum(x, axis=0)
+        if how in (AccumulationType.MEAN, AccumulationType.RUNNING_MEAN) and jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.mean(x, axis=0)
+        raise ValueError(
+            f"aux has a leaf of shape {x.shape[1:]} and dtype {x.dtype}, which cannot leave micro-batches by {how}: "
+            f"CONCAT needs the examples (here {examples} a micro-batch) as first axis, MEAN needs floating point."
+        )
+
+    return jax.tree.map(lambda how, below: jax.tree.map(partial(leave, how), below), accumulator, aux)
 
 
 def _count_examples(batch, k: int) -> int:

@@ -112,7 +112,7 @@ def test_aux_leaves_micro_batches_as_it_is_told(k):
     [
         (lambda x: jnp.ones(3), CONCAT, r"shape \(3,\).*CONCAT needs the examples \(here 6"),
         (lambda x: jnp.float32(1), CONCAT, r"shape \(\).*CONCAT"),
-        (lambda x: jnp.arange(3), MEAN, r"int32.*MEAN needs floating-point"),
+        (lambda x: jnp.arange(3), MEAN, r"int32.*MEAN needs floating point"),
         (lambda x: x, "mean", "by mean"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ class Experiment:
     """The tables of a paper, or a question of our own."""
 
     folder: Path  # with paper.json, README.md and results/
-    presets: dict[str, Recipe]  # the defaults of each
+    presets: Mapping[str, Recipe]  # the defaults of each
     tables: dict[str, list[dict[str, Any]]]  # a table is a list of changes to a preset
-    make_run: Callable[[Recipe], Run]
+    make_run: Callable[[Any], Run]  # of a recipe of its own type
     evaluate_every: dict[str, int]  # epochs, for each preset
     tables_of: Callable[[str], Sequence[str]]  # the tables that belong to a dataset
 

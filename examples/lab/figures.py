@@ -1,17 +1,17 @@
 """The figures of a dataset's records: gains, accuracy while training, accuracy by class."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 
 from examples.lab import style
 
 SHOWN = ("sgd", "absgd", "kl-radius", "trust", "focus")  # in the pictures of training and of classes
 
 
-def draw(frame: pd.DataFrame, tested: pd.DataFrame, chosen: pd.Series, folder: Path) -> list[Path]:
+def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
     """Draws what there is something to see of; returns the files."""
     picked = tested[
         [chosen.get((m, lo)) == s for m, lo, s in zip(tested.method, tested.loss, tested.strength, strict=True)]
@@ -27,7 +27,7 @@ def draw(frame: pd.DataFrame, tested: pd.DataFrame, chosen: pd.Series, folder: P
     return drawn
 
 
-def gains(picked: pd.DataFrame):
+def gains(picked: Any):
     """Gain over SGD with the same loss, a bar for each method and loss, and a dot for each seed."""
     runs = picked[(picked.method != "sgd") & picked.gain.notna()]
     families = list(runs.groupby(["loss", "method"], sort=True))
@@ -45,7 +45,7 @@ def gains(picked: pd.DataFrame):
     return figure
 
 
-def training(picked: pd.DataFrame):
+def training(picked: Any):
     """Test accuracy while training, mean over seeds, for each loss; the second stage is marked."""
     runs = picked[picked.method.isin(SHOWN)]
     runs = runs[[len(each["test_accuracy"]) > 1 for each in runs.by_epoch]]
@@ -70,7 +70,7 @@ def training(picked: pd.DataFrame):
     return figure
 
 
-def classes(picked: pd.DataFrame):
+def classes(picked: Any):
     """Accuracy of each class, from frequent to rare, with cross entropy."""
     runs = picked[(picked.loss == "ce") & picked.method.isin(SHOWN)]
     if runs.method.nunique() < 2 or len(set(runs.class_counts.iloc[0])) == 1:

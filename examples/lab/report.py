@@ -17,6 +17,7 @@ from examples.lab.errors import UserError
 from examples.lab.experiment import TUNING_SEED, Experiment
 from examples.readme import fill
 
+Frame = Any  # of pandas, whose own types do not know what a column holds
 STRENGTH = ["temperature", "kl_radius", "fraction", "max_weight"]
 FAMILY = ["method", "loss"]
 SYMBOLS = {"temperature": "λ", "kl_radius": "ρ", "fraction": "fraction", "max_weight": "c"}
@@ -29,7 +30,7 @@ NAMES = {
 MISSING = {"fraction": None, "max_weight": np.inf, "kl_radius": None, "validation_accuracy": None}  # of older records
 
 
-def load(folder: Path) -> pd.DataFrame:
+def load(folder: Path) -> Frame:
     """The records of a preset, a row each."""
     rows = [MISSING | records.read(path) for path in sorted(folder.glob("*/*.json"))]
     if not rows:
@@ -47,7 +48,7 @@ def strength(record: Any) -> str:
     return ", ".join(f"{SYMBOLS[name]} = {value:g}" for name, value in given.items()) or "–"
 
 
-def spread(values: pd.Series, style: str = ".2f") -> str:
+def spread(values: Frame, style: str = ".2f") -> str:
     """Mean ± standard deviation, as far as there are values for it."""
     values = values.dropna()
     if len(values) < 2:
@@ -55,7 +56,7 @@ def spread(values: pd.Series, style: str = ".2f") -> str:
     return f"{values.mean():{style}} ± {values.std():.2f}"
 
 
-def tested(frame: pd.DataFrame) -> pd.DataFrame:
+def tested(frame: Frame) -> Frame:
     """The records that are not for choosing, with the gain over SGD with the same loss and seed."""
     frame = frame[frame.seed < TUNING_SEED].copy()
     base = frame[frame.method == "sgd"].set_index(["loss", "seed"]).accuracy
@@ -63,7 +64,7 @@ def tested(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def chosen(frame: pd.DataFrame) -> pd.Series:
+def chosen(frame: Frame) -> Frame:
     """For each method and loss the strength with the highest mean validation accuracy, or the only one there is."""
     scores = frame.groupby([*FAMILY, "strength"], sort=False).validation_accuracy.mean().reset_index()
     best = scores.sort_values("validation_accuracy", ascending=False, na_position="last").groupby(FAMILY, sort=False)
@@ -72,7 +73,7 @@ def chosen(frame: pd.DataFrame) -> pd.Series:
     return first.strength.where(only | first.validation_accuracy.notna())
 
 
-def rows(frame: pd.DataFrame, paper: dict[str, Any], expected: Sequence[tuple[str, str]]) -> pd.DataFrame:
+def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]]) -> Frame:
     """The table of a dataset: a row for each method and loss at the strength that validation chose."""
     choice, runs, out = chosen(frame), tested(frame), []
     found = list(dict.fromkeys([*expected, *zip(frame.method, frame.loss, strict=True)]))
@@ -98,12 +99,12 @@ def rows(frame: pd.DataFrame, paper: dict[str, Any], expected: Sequence[tuple[st
     return pd.DataFrame(out)
 
 
-def _mean(values: pd.Series) -> str:
-    mean = pd.to_numeric(values).mean()
+def _mean(values: Frame) -> str:
+    mean = values.astype(float).mean()
     return "–" if pd.isna(mean) else f"{mean:.1f}"
 
 
-def validation_table(frame: pd.DataFrame) -> str:
+def validation_table(frame: Frame) -> str:
     """Validation accuracies by which strengths were chosen."""
     scores = frame.dropna(subset=["validation_accuracy"]).groupby([*FAMILY, "strength"], sort=False)
     table = scores.validation_accuracy.agg(["mean", "size"]).round(2).reset_index()
@@ -111,13 +112,13 @@ def validation_table(frame: pd.DataFrame) -> str:
     return table[several].rename(columns={"mean": "validation accuracy", "size": "seeds"}).to_markdown(index=False)
 
 
-def made_with(frame: pd.DataFrame) -> str:
+def made_with(frame: Frame) -> str:
     hardware = "; ".join(sorted(set(frame.hardware)))
     versions = ", ".join(sorted({f"{name} {number}" for each in frame.versions for name, number in each.items()}))
     return f"{hardware}. A run takes {frame.seconds.mean() / 60:.1f} minutes on average. {versions}."
 
 
-def section(experiment: Experiment, preset: str, dataset: str, frame: pd.DataFrame) -> str:
+def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> str:
     """The table of a dataset and what belongs to it alone, in Markdown."""
     tables = experiment.tables_of(dataset)
     pairs = {(r.title, r.loss) for t in tables for r in experiment.recipes(preset, t, dataset, [0])}

@@ -37,7 +37,7 @@ class Metrics(NamedTuple):
     rate: jax.Array
 
 
-def first_state(task: Task, stage: Stage, seed: jax.Array) -> State:
+def first_state(task: Task, stage: Stage, seed: Any) -> State:
     """The state before any training."""
     key = jax.random.key(seed)
     params, rest = initial(task, stage.loss, key)
@@ -84,12 +84,12 @@ def train_step(
         return _loss_of(stage, logits, batch.labels, counts), nnx.state(module, nnx.Not(nnx.Param))
 
     inputs, labels = _mixed(stage, _augmented(task, batch, key), key)
-    batch = Batch(inputs, labels, _of_labels(class_weights, labels))
+    seen, balanced = Batch(inputs, labels, _of_labels(class_weights, labels)), None
     if held_out is not None:
         inputs, labels = _augmented(task, held_out, jax.random.fold_in(key, 1))
-        held_out = Batch(inputs, labels, jnp.ones(labels.shape))
+        balanced = Batch(inputs, labels, jnp.ones(labels.shape))
     method = stage.method if not stage.method.needs_held_out else stage.method.at_rate(rate)
-    grads, method_state, info = method.gradient(losses, state.params, state.method, batch, held_out)
+    grads, method_state, info = method.gradient(losses, state.params, state.method, seen, balanced)
     updates, trace = optimizer(stage, rate).update(grads, state.trace, state.params)
     if stage.trained != "all":
         first = task.PARTS.index(stage.trained)

@@ -191,7 +191,7 @@ def _evaluated(run: Run, data: Data, states: State) -> dict[str, Any]:
 def _fit_classifier(run: Run, data: Data, states: State) -> State:
     """The states with a classifier fitted to the features of the training set."""
     stage, labels = run.stages[-1], jnp.asarray(data.train.labels)
-    fit = jax.jit(classifiers.CLASSIFIERS[stage.classifier])
+    fit = jax.jit(classifiers.CLASSIFIERS[str(stage.classifier)])
     fitted = []
     for i, features in enumerate(evaluate.features(run.task, stage.loss, states, data.train)):
         state = jax.tree.map(lambda x, i=i: x[i], states)

@@ -52,6 +52,7 @@ class Absgd:
 
         risk_and_grad = absgd_jax.value_and_grad(with_losses, has_aux=True, with_kl=True)
         ((risk, kl), (values, aux)), grads = risk_and_grad(params, batch, state=state)
+        after: Any
         grads, after = self.transform().update(grads, state, value=risk, kl=kl)
         lam, threshold = state.temperature, state.threshold
         clipped = jnp.where(lam < 0, jnp.maximum(values, threshold), jnp.minimum(values, threshold))
