@@ -47,6 +47,8 @@ class Sweep:
     """Datasets, by default that of the preset."""
     methods: tuple[str, ...] = ()
     """Only these methods, by their names in the tables."""
+    losses: tuple[str, ...] = ()
+    """Only these losses."""
     seeds: int = 3
     """Number of seeds."""
 
@@ -85,10 +87,12 @@ def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:
     for dataset in chosen.datasets or (experiment.presets[chosen.preset].dataset,):
         for table in chosen.tables or experiment.tables:
             recipes |= dict.fromkeys(experiment.recipes(chosen.preset, table, dataset, range(chosen.seeds)))
-    titles = {recipe.title for recipe in recipes}
-    if unknown := set(chosen.methods) - titles:
-        raise UsageError(f"--methods {' '.join(sorted(unknown))}: choose from {', '.join(sorted(titles))}.")
-    wanted = [recipe for recipe in recipes if not chosen.methods or recipe.title in chosen.methods]
+    wanted = list(recipes)
+    for name, kept, of in (("methods", chosen.methods, lambda r: r.title), ("losses", chosen.losses, lambda r: r.loss)):
+        known = {of(recipe) for recipe in recipes}
+        if unknown := set(kept) - known:
+            raise UsageError(f"--{name} {' '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}.")
+        wanted = [recipe for recipe in wanted if not kept or of(recipe) in kept]
     paths = _train(experiment, wanted, machine, machine.out or experiment.folder / "results")
     Console().print(f"{len(paths)} runs. See: python -m examples.{experiment.name} report {paths[0].parents[1]}")
 

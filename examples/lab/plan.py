@@ -1,9 +1,10 @@
 """Which stages runs have in common: equal first stages of one task and seed are trained once."""
 
 import importlib.metadata
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -12,23 +13,26 @@ from examples.lab.config import Run, fingerprint
 
 PACKAGES = ("absgd_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 SOURCES = Path(__file__).parents[2]
+ASKING = ("cli", "experiment", "errors", "figures", "files", "recipe", "records", "report", "style", "__main__")
 
 
-@lru_cache
+def _checksum(folder: Path) -> str:
+    """Of the code in a folder that training runs through, and not of what only asks for it or draws it."""
+    files = [path for path in sorted(folder.rglob("*.py")) if path.stem not in ASKING]
+    return fingerprint(*(path.read_text(encoding="utf-8") for path in files))
+
+
+@cache
 def program() -> str:
     """A checksum of the code and the versions, without which a stage must not be continued."""
-    folders = (SOURCES / "absgd_jax", SOURCES / "examples" / "lab")
-    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return fingerprint(*versions, *(path.read_text(encoding="utf-8") for path in files))
+    return fingerprint(*versions, _checksum(SOURCES / "absgd_jax"), _checksum(SOURCES / "examples" / "lab"))
 
 
 @cache
 def key(run: Run) -> str:
     """The name under which the state that a run leaves is kept."""
-    source = Path(__import__(type(run.task).__module__, fromlist=["__file__"]).__file__)
-    siblings = [path.read_text(encoding="utf-8") for path in sorted(source.parent.glob("*.py"))]
-    return fingerprint(run, program(), *siblings)
+    return fingerprint(run, program(), _checksum(Path(inspect.getfile(type(run.task))).parent))
 
 
 def prefixes(run: Run) -> list[Run]:
