@@ -29,7 +29,7 @@ from rich.progress import Progress
 import absgd_jax
 from benchmarks import programs
 from benchmarks.records import Record, publish, table
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 
 matplotlib.use("Agg")
 

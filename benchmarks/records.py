@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.cifar_lt.errors import UserError
 from examples.environment import hardware, versions
+from examples.lab.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 

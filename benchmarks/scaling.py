@@ -43,7 +43,7 @@ from benchmarks.step_cost import (
     sgd,
 )
 from examples.cifar_lt.augment import normalise
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 
 matplotlib.use("Agg")
 

@@ -26,9 +26,10 @@ from rich.progress import Progress
 import absgd_jax
 from benchmarks import programs
 from benchmarks.records import Record, publish, table
-from examples.cifar_lt import meta, recover
 from examples.cifar_lt.models import ResNet
-from examples.cifar_lt.train import precision
+from examples.cifar_lt.task import precision
+from examples.lab.methods.look_ahead import jamal
+from examples.lab.methods.recover import Recover
 
 matplotlib.use("Agg")
 
@@ -36,6 +37,7 @@ DEVICES = 8
 CLASSES, TEMPERATURE, RATE, MOMENTUM, DECAY = 10, 1.0, 1e-4, 0.9, 5e-4
 SLOW = ("RECOVER", "META")  # two and more gradients a step: there is nothing to measure to 0.5 %
 COMPARED = ("flops", "bytes", "temporary_bytes")
+RECOVER = Recover(TEMPERATURE)
 NUMBERS = 3 * 4 * DEVICES  # bytes of the collective that merges the devices' risks: three numbers of each
 
 
@@ -214,7 +216,7 @@ def recover_(losses, state, batch, axis_name):
         seen.append(stats)
         return risk, grads
 
-    grads, estimates = recover.update(at, state.params, state.method, temperature=TEMPERATURE)
+    grads, estimates = RECOVER.direction(at, state.params, state.method)
     return estimates.risk, seen[0], grads, estimates
 
 
@@ -229,7 +231,7 @@ def meta_(losses, state, batch, axis_name):
 
     # The look-ahead is along the sum over the whole batch: that over this device's examples, summed over the devices.
     rate = len(labels) * RATE
-    weights = meta.jamal(losses_of, state.params, held_out_loss, varying(jnp.ones(len(labels)), axis_name), rate)
+    weights = jamal(losses_of, state.params, held_out_loss, varying(jnp.ones(len(labels)), axis_name), rate)
     return sgd(losses, state, batch, axis_name, weights)
 
 
@@ -240,7 +242,7 @@ METHODS = {
     "SGD": Method(sgd, momentum),
     "ABSGD": Method(absgd, absgd_jax.absgd(RATE, TEMPERATURE, momentum=MOMENTUM, weight_decay=DECAY)),
     "mini-batch softmax": Method(softmax, momentum),
-    "RECOVER": Method(recover_, momentum, recover.init),
+    "RECOVER": Method(recover_, momentum, RECOVER.init),
     "META": Method(meta_, momentum),
 }
 

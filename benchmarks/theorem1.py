@@ -25,7 +25,7 @@ from scipy import stats
 
 import absgd_jax
 from benchmarks.records import Record, publish, table
-from examples.cifar_lt import recover
+from examples.lab.methods.recover import Recover
 
 matplotlib.use("Agg")
 
@@ -74,10 +74,11 @@ def absgd(rate: float, gamma: float, momentum: float) -> Algorithm:
 
 def variance_reduced(rate: float, a: float) -> Algorithm:
     """RECOVER."""
+    recover = Recover(TEMPERATURE, a)
 
     def update(w, state, batch):
         gradient = partial(jax.value_and_grad(risk), x=batch[0], y=batch[1])
-        direction, state = recover.update(gradient, w, state, temperature=TEMPERATURE, a=a)
+        direction, state = recover.direction(gradient, w, state)
         return w - rate * direction, state
 
     return recover.init, update

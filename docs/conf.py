@@ -1,17 +1,54 @@
 """Sphinx configuration: `make docs`."""
 
+import inspect
+import re
+
+from sphinx.errors import ExtensionError
+
 import absgd_jax
 
 project = "absgd_jax"
 version = release = absgd_jax.__version__
 copyright = "The absgd_jax developers"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # links to READMEs lead out of the site; the tests check all links
+
+# The tutorials are run at every build. A cell that fails, fails the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
 html_theme = "furo"
 html_title = "absgd_jax"
+copybutton_exclude = ".linenos, .gp, .go"
 napoleon_google_docstring = True
 autodoc_typehints = "none"
 add_module_names = False
-exclude_patterns = ["_build"]
+
+
+def unlink_readmes(app, docname, source):
+    """A link to a README of the repository leads out of the site: keep its text, drop the link."""
+    source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\./)+[^)]*README\.md[^)]*\)", r"\1", source[0])
+
+
+def check_coverage(app, env):
+    """Fails on a public name that is missing from the API page."""
+    documented = set(env.get_domain("py").objects)
+    public = {
+        f"{module.__name__}.{name}"
+        for module in (absgd_jax, absgd_jax.losses)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("absgd_jax")
+        and not inspect.ismodule(value)
+    }  # fmt: skip
+    if missing := sorted(public - documented):
+        raise ExtensionError(f"docs/api.md does not document {', '.join(missing)}")
+
+
+def setup(app):
+    app.connect("source-read", unlink_readmes)
+    app.connect("env-check-consistency", check_coverage)

@@ -23,6 +23,11 @@ DATASET = re.compile(
 )
 
 
+def precision():
+    """The dtype of images between the layers. Parameters, batch statistics, losses and the risk are float32."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cifar(Task):
     """The fields identify the images and the network."""
@@ -95,11 +100,10 @@ class Cifar(Task):
 
     def network(self, loss, rngs):
         cosine = loss in NEEDS_COSINES
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         if self.network_name == "wide":
-            return Wide(self.classes, cosine=cosine, dtype=dtype, rngs=rngs)
+            return Wide(self.classes, cosine=cosine, dtype=precision(), rngs=rngs)
         _, depth, width = self.network_name.split("-")
-        return ResNet(int(depth), self.classes, width=int(width), cosine=cosine, dtype=dtype, rngs=rngs)
+        return ResNet(int(depth), self.classes, width=int(width), cosine=cosine, dtype=precision(), rngs=rngs)
 
     def calibrate(self, rest, train):
         if self.network_name == "wide":

@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -17,9 +18,9 @@ matplotlib.use("Agg")
 
 COLOURS = {  # told apart by colour-blind eyes too
     "SGD": "#666666",
-    "ABSGD λ": "#0072B2",
-    "ABSGD KL radius": "#D55E00",
-    "ABSGD trusted fraction": "#009E73",
+    "ABSGD, λ tuned": "#0072B2",
+    "ABSGD, ρ tuned": "#D55E00",
+    "ABSGD, fraction known": "#009E73",
 }
 
 
@@ -30,12 +31,12 @@ def _pm(mean_std, sign=""):
 def tables(result: dict[str, Any]) -> Iterator[list[tuple[str, ...]]]:
     """The stream's table and that of the wrong labels, which has a column for each rate; the header comes first."""
     stream, *noisy = result["settings"]
-    rows = [(stream["title"], "rate", "λ or ρ", "accuracy", "worst class", "gain over SGD")]
+    rows = [("Stream", "rate", "λ or ρ", "accuracy", "worst class", "gain over SGD")]
     for name, m in stream["methods"].items():
         gain = _pm(m["gain"], "+") if m["gain"] else ""
         rows.append((name, f"{m['learning_rate']:g}", str(m["value"]), _pm(m["accuracy"]), _pm(m["worst_class"]), gain))
     yield rows
-    rows = [("Wrong labels, MLP", *(f"{s['noise']:.0%}".replace("%", " %") for s in noisy))]
+    rows = [("Wrong labels", *(f"{s['noise']:.0%}".replace("%", " %") for s in noisy))]
     yield rows + [(name, *(_pm(s["methods"][name]["accuracy"]) for s in noisy)) for name in noisy[0]["methods"]]
 
 
@@ -43,7 +44,7 @@ def terminal(rows: list[tuple[str, ...]]) -> Table:
     """A table narrow enough for a terminal of 80 columns."""
     shown = Table(box=SIMPLE_HEAD)
     for i, column in enumerate(rows[0]):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+        shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows[1:]:
         shown.add_row(*row)
     return shown
@@ -67,13 +68,18 @@ def figure(result: dict[str, Any], path: Path) -> None:
     _while_training(axes[:, 0], stream, "rare classes")
     _while_training(axes[:, 1], next(s for s in noisy if s["noise"] == 0.4), "wrong labels")
     _over_rates(axes[:, 2], noisy)
+    for axis in axes[1]:
+        axis.set_ylim(0, 100)
     for axis in axes[2]:
         axis.set_yscale("log")
-        axis.axhline(1, color="black", lw=0.8, ls=":")
     for axis, label in zip(axes[:, 0], ("test accuracy in %", "test accuracy in %", "relative weight"), strict=True):
         axis.set_ylabel(label)
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def _style(name):
+    return {"color": COLOURS[name], "lw": 2, "ls": "--" if name == "SGD" else "-"}
 
 
 def _while_training(axes, setting, watched):
@@ -83,11 +89,10 @@ def _while_training(axes, setting, watched):
     passes = [(i + 1) / setting["records_per_pass"] for i in range(records)]
     width = 0.8 / len(methods)
     for i, (name, m) in enumerate(methods.items()):
-        style = {"color": COLOURS[name], "lw": 2, "ls": "--" if name == "SGD" else "-"}
-        top.plot(passes, m["accuracy_by_record"], label=f"{name}  {_pm(m['accuracy'])}", **style)
+        top.plot(passes, m["accuracy_by_record"], label=f"{name}  {_pm(m['accuracy'])}", **_style(name))
         places = [c + (i + 0.5) * width - 0.4 for c in range(len(m["per_class"]))]
         middle.bar(places, m["per_class"], width, color=COLOURS[name])
-        bottom.plot(passes, m["weight_by_record"], **style)
+        bottom.plot(passes, m["weight_by_record"], **_style(name))
     for axis in (top, bottom):
         axis.set_xlabel("part of the stream" if setting["noise"] is None else "passes over the data")
     top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
@@ -95,32 +100,31 @@ def _while_training(axes, setting, watched):
     top.legend(frameon=False, loc="lower right", handlelength=1.6, fontsize=8)
     middle.set_xlabel("class, from frequent to rare" if setting["noise"] is None else "class")
     middle.set_xticks(range(len(m["per_class"])))
-    middle.set_ylim(0, 100)
     bottom.set_title(f"{watched}: weight relative to the rest", fontsize=9, loc="left")
 
 
 def _over_rates(axes, settings):
+    top, middle, bottom = axes
     rates = [100 * s["noise"] for s in settings]
-    panels: tuple[Callable, ...] = (
+    panels = (
         lambda m: m["accuracy"][0],
         lambda m: m["worst_class"][0],
         lambda m: m["weight_by_record"][-1] or math.nan,  # there is none without wrong labels
     )
     for axis, of in zip(axes, panels, strict=True):
         lines = {name: [of(s["methods"][name]) for s in settings] for name in settings[0]["methods"]}
-        trusted = list(zip(*(line for name, line in lines.items() if name not in ("SGD", "ABSGD λ")), strict=True))
-        for name in COLOURS.keys() & lines.keys():
-            axis.plot(rates, lines[name], color=COLOURS[name], lw=2, ls="--" if name == "SGD" else "-", marker="o", ms=4)
-        band = {"color": COLOURS["ABSGD trusted fraction"], "alpha": 0.25, "lw": 0}
-        axis.fill_between(rates, [*map(min, trusted)], [*map(max, trusted)], label="misjudged by ± 0.1", **band)
+        _, _, *trusted = lines.values()
+        lower, upper = ([*map(extreme, *trusted)] for extreme in (min, max))
+        for name in [name for name in lines if name in COLOURS]:
+            axis.plot(rates, lines[name], marker="o", ms=4, label=name, **_style(name))
+        axis.fill_between(rates, lower, upper, color="#009E73", alpha=0.25, lw=0, label="… misjudged by up to 0.1")
         axis.set_xlabel("wrong labels in %")
         axis.set_xticks(rates)
-    top, middle, bottom = axes
     top.set_title("0 to 60 % wrong labels, MLP", fontweight="bold", fontsize=10, loc="left")
+    top.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     top.set_ylim(top=100)
-    top.legend(frameon=False, loc="lower left", handlelength=1.6, fontsize=8)
     middle.set_title("worst class", fontsize=9, loc="left")
-    middle.set_ylim(0, 100)
+    middle.legend(frameon=False, loc="lower left", handlelength=1.6, fontsize=8)
     bottom.set_title("wrong labels: weight relative to the rest", fontsize=9, loc="left")
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from benchmarks import kl_dro, records
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 
 
 def problem(n=250, d=3):

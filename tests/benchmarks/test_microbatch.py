@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import microbatch, programs
 from benchmarks.microbatch import ROUNDING, TEMPERATURE, Options
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 from tests.reference import entropic_risk
 
 SMALL = Options(batch_size=64, layers=1, width=8, microbatches=(1, 4), devices=(1, 4), rounds=3)

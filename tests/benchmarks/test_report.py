@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from benchmarks import records, report
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import programs, scaling
 from benchmarks.programs import Program
 from benchmarks.scaling import Options, Setting
-from examples.cifar_lt.errors import UserError
+from examples.lab.errors import UserError
 
 SMALL = Options(batch_size=4, rounds=3, memory_gb=1.0)
 

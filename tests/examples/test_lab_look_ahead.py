@@ -1,4 +1,4 @@
-"""CIFAR example: weights from a look-ahead, and the gradients of gradients of the convolution that they need."""
+"""Laboratory: weights from a look-ahead, against derivatives of the look-ahead itself."""
 
 from functools import partial
 
@@ -11,47 +11,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from examples.cifar_lt import models
-from examples.cifar_lt.conv import conv3x3
-from examples.cifar_lt.meta import example_gradient, jamal, l2rw
-
-
-def plain_conv3x3(x, kernel, stride=1):
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def close(ours, truth, **tolerance):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
-        np.testing.assert_allclose(a, b, **tolerance)
-
-
-@pytest.mark.parametrize(("size", "stride"), [(8, 1), (8, 2), (7, 2)])
-def test_gradients_of_the_convolution_to_second_order(size, stride):
-    half = -(-size // stride)
-    shapes = (3, size, size, 2), (3, 3, 2, 4), (3, half, half, 4)
-    keys = jax.random.split(jax.random.key(0), 6)
-    runs = [jax.random.normal(key, (2, *shape)) for key, shape in zip(keys, shapes * 2, strict=True)]
-
-    def derivatives(conv, forward, x, kernel, dy, *along):
-        conv = partial(conv, stride=stride)
-
-        def backward(x, kernel, dy):
-            return jax.vjp(conv, x, kernel)[1](dy)
-
-        gradients, pull = jax.vjp(backward, x, kernel, dy)
-        return forward(conv, x, kernel, along[:2]), gradients, pull(along[:2])
-
-    def transposed_twice(conv, x, kernel, along):
-        y, pull = jax.vjp(conv, x, kernel)
-        return jax.vjp(pull, jnp.zeros_like(y))[1](along)[0]
-
-    def forward_mode(conv, x, kernel, along):
-        return jax.jvp(conv, (x, kernel), along)[1]
-
-    ours = jax.jit(jax.vmap(partial(derivatives, conv3x3, transposed_twice)))(*runs)
-    truth = jax.jit(jax.vmap(partial(derivatives, plain_conv3x3, forward_mode)))(*runs)
-    close(ours, truth, atol=1e-4)
+from examples.lab.methods.look_ahead import example_gradient, jamal, l2rw
 
 
 @pytest.fixture
@@ -92,7 +52,7 @@ def test_gradient_is_that_of_the_look_ahead(mlp):
         assert float(ours[i]) == pytest.approx(difference, rel=1e-5, abs=1e-9)
 
 
-def test_gradient_through_a_resnet(monkeypatch):
+def test_gradient_through_a_resnet():
     model = nnx.eval_shape(lambda: models.ResNet(8, 10, width=4, rngs=nnx.Rngs(0)))
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     rng = np.random.default_rng(0)
@@ -110,7 +70,6 @@ def test_gradient_through_a_resnet(monkeypatch):
         return function(partial(losses_of, images[0]), params, held_out_loss, weights, rate)
 
     ours = jax.jit(jax.vmap(partial(of_run, example_gradient)))(images, weights, rate)
-    monkeypatch.setattr(models, "conv3x3", plain_conv3x3)
     truth = jax.jit(jax.grad(partial(of_run, look_ahead), argnums=1))
     for i in range(2):
         np.testing.assert_allclose(ours[i], truth(images[i], weights[i], rate[i]), rtol=2e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""CIFAR example: RECOVER against its formulas with plain exponentials, and where those would overflow."""
+"""Laboratory: RECOVER against its formulas with plain exponentials, and where those would overflow."""
 
 import math
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import absgd_jax
-from examples.cifar_lt import recover
+from examples.lab.methods.recover import Recover, RecoverState
 
 
 def problem(steps=50, scale=1.0):
@@ -30,12 +30,12 @@ def train(x, y, start, temperature, a, learning_rate):
     def body(carry, batch):
         params, state = carry
         at = risk_and_grad_of(batch[0], batch[1], temperature)
-        direction, state = recover.update(at, params, state, temperature=temperature, a=a)
+        direction, state = Recover(temperature, a).direction(at, params, state)
         params = jax.tree.map(lambda p, q: p - learning_rate * q, params, direction)
         return (params, state), (params, state.risk, direction)
 
     params = {"w": jnp.asarray(start), "b": jnp.zeros((), jnp.asarray(start).dtype)}
-    return jax.lax.scan(body, (params, recover.init(params)), (jnp.asarray(x), jnp.asarray(y)))[1]
+    return jax.lax.scan(body, (params, Recover(temperature).init(params)), (jnp.asarray(x), jnp.asarray(y)))[1]
 
 
 def literal(x, y, start, lam, a, learning_rate):
@@ -135,9 +135,9 @@ def made_up(risk, risk_before):
     ],
 )
 def test_an_estimate_near_zero_starts_afresh(risk, risk_before, goes_on):
-    state = recover.RecoverState(jnp.float32(0), jnp.float32(7), jnp.float32(0), jnp.float32(1), jnp.int32(3))
+    state = RecoverState(jnp.float32(0), jnp.float32(7), jnp.float32(0), jnp.float32(1), jnp.int32(3))
     at = made_up(risk, risk_before)
-    direction, new = recover.update(at, jnp.float32(1), state, temperature=1.0, a=0.5)
+    direction, new = Recover(1.0, 0.5).direction(at, jnp.float32(1), state)
     if goes_on:
         g, before = math.exp(risk), math.exp(risk_before)
         u = g + 0.5 * (1 - before)
@@ -150,8 +150,8 @@ def test_an_estimate_near_zero_starts_afresh(risk, risk_before, goes_on):
 
 
 def test_another_temperature_starts_afresh():
-    state = recover.RecoverState(jnp.float32(0), jnp.float32(7), jnp.float32(0), jnp.float32(2), jnp.int32(3))
-    direction, new = recover.update(made_up(0.5, 0.4), jnp.float32(1), state, temperature=1.0)
+    state = RecoverState(jnp.float32(0), jnp.float32(7), jnp.float32(0), jnp.float32(2), jnp.int32(3))
+    direction, new = Recover(1.0).direction(made_up(0.5, 0.4), jnp.float32(1), state)
     assert (float(direction), float(new.risk), float(new.temperature)) == (10, 0.5, 1)
 
 

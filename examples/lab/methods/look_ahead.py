@@ -34,6 +34,19 @@ def example_gradient(losses_of, params, held_out_loss, weights, rate):
     return -rate / losses.size * _along(losses, pull, jax.grad(held_out_loss)(ahead))
 
 
+def l2rw(losses_of, params, held_out_loss):
+    """Weights that lower the held-out loss, w_i = max(-g_i, 0), scaled to a mean of 1; all 0 if no example helps."""
+    losses, pull = jax.vjp(losses_of, params)
+    useful = jnp.maximum(_along(losses, pull, jax.grad(held_out_loss)(params)), 0)
+    total = jnp.sum(useful)
+    return useful * (losses.size / jnp.where(total > 0, total, 1))
+
+
+def jamal(losses_of, params, held_out_loss, class_weights, rate, step=0.01):
+    """Weights of two components: that of the example's class, and ε = -step · g, the example's own."""
+    return class_weights - step * example_gradient(losses_of, params, held_out_loss, class_weights, rate)
+
+
 def _along(losses, pull, direction):
     # Forward mode, as the transpose of the backward pass, which is linear.
     _, push = jax.vjp(lambda cotangent: pull(cotangent)[0], jnp.zeros_like(losses))
@@ -81,18 +94,14 @@ class Meta:
         del state
         of = lambda params: losses(params, batch)[0]  # noqa: E731
         held_out_loss = lambda params: jnp.mean(losses(params, held_out)[0])  # noqa: E731
-        rate = batch.weights.size * self.rate
-        g = example_gradient(of, params, held_out_loss, batch.weights, rate)
-        return _weighted_gradient(losses, batch.weights - self.step * g, params, batch)
+        weights = jamal(of, params, held_out_loss, batch.weights, batch.weights.size * self.rate, self.step)
+        return _weighted_gradient(losses, weights, params, batch)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class L2rw:
-    """Learning to Reweight: what lowers the held-out loss, w_i = max(-g_i, 0), scaled to a mean of 1.
-
-    The look-ahead starts from weights of 0, where θ' = θ, and its rate cancels in the scale. If no example helps, all
-    weights are 0.
+    """Learning to Reweight. The look-ahead starts from weights of 0, where θ' = θ, and its rate cancels in the scale.
 
     References:
       Ren et al., `Learning to Reweight Examples for Robust Deep Learning <https://arxiv.org/abs/1803.09050>`_, 2018.
@@ -112,11 +121,7 @@ class L2rw:
         del state
         of = lambda params: losses(params, batch)[0]  # noqa: E731
         held_out_loss = lambda params: jnp.mean(losses(params, held_out)[0])  # noqa: E731
-        values, pull = jax.vjp(of, params)
-        useful = jnp.maximum(_along(values, pull, jax.grad(held_out_loss)(params)), 0)
-        total = jnp.sum(useful)
-        weights = useful * (values.size / jnp.where(total > 0, total, 1))
-        return _weighted_gradient(losses, weights, params, batch)
+        return _weighted_gradient(losses, l2rw(of, params, held_out_loss), params, batch)
 
 
 BY_NAME = {"meta": lambda recipe: Meta(), "l2rw": lambda recipe: L2rw()}

@@ -66,18 +66,15 @@ class Recover:
             count=jnp.zeros((), jnp.int32),
         )
 
-    def gradient(self, losses, params, state, batch, held_out):
-        del held_out
+    def direction(self, risk_and_grad, params, state):
+        """q_t, of the shape of the parameters, and the next state.
 
-        def with_losses(params, batch):
-            values, aux = losses(params, batch)
-            values = batch.weights * values
-            return values, (values, aux)
-
-        risk_and_grad = absgd_jax.value_and_grad(with_losses, has_aux=True)
+        ``risk_and_grad`` evaluates the batch at any parameters: R̂ (:func:`absgd_jax.entropic_risk` at λ) and its
+        gradient. It is called twice, first at ``params``.
+        """
         lam = jnp.asarray(self.temperature, state.risk.dtype)
-        (risk, (values, aux)), grads = risk_and_grad(params, batch, temperature=lam)
-        (risk_before, _), grads_before = risk_and_grad(state.params_before, batch, temperature=lam)
+        risk, grads = risk_and_grad(params)
+        risk_before, grads_before = risk_and_grad(state.params_before)
         keep = 1 - jnp.asarray(self.a, lam.dtype)
 
         risks = jnp.stack([risk, state.risk, risk_before]).astype(lam.dtype)
@@ -96,14 +93,34 @@ class Recover:
             lambda g, q, h: (new * g + (old * q - before * h)).astype(q.dtype), grads, state.direction, grads_before
         )
         running = jnp.where(plain, risks[0] + keep * (risks[1] - risks[2]), anchor + scale * jnp.log(u))
-        after = RecoverState(
+        return direction, RecoverState(
             params_before=params,
             direction=direction,
             risk=jnp.where(goes_on, running, risks[0]),
             temperature=lam,
             count=state.count + 1,
         )
-        weights = jax.nn.softmax(values / jnp.where(plain, jnp.finfo(lam.dtype).max, lam))
+
+    def gradient(self, losses, params, state, batch, held_out):
+        del held_out
+        seen = []
+
+        def risk_and_grad(params):
+            (risk, found), grads = absgd_jax.value_and_grad(with_losses, has_aux=True)(
+                params, batch, temperature=self.temperature
+            )
+            seen.append(found)
+            return risk, grads
+
+        def with_losses(params, batch):
+            values, aux = losses(params, batch)
+            values = batch.weights * values
+            return values, (values, aux)
+
+        direction, after = self.direction(risk_and_grad, params, state)
+        values, aux = seen[0]
+        lam = after.temperature
+        weights = jax.nn.softmax(values / jnp.where(jnp.isinf(lam), jnp.finfo(lam.dtype).max, lam))
         return direction, after, Info(values, weights, after.risk, lam, aux)
 
 
