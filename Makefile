@@ -49,7 +49,7 @@ cifar: $(VENV)/.examples ## CIFAR-10-LT with SGD and ABSGD on the CPU (downloads
 	$(BIN)/python -m examples.cifar_lt report results/fast
 
 clean: ## remove the environments and everything built
-	rm -rf .venv .venv-* dist site .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venv .venv-* dist site jupyter_execute .pytest_cache .ruff_cache .hypothesis .coverage*
 
 $(VENV)/bin/python:
 	$(if $(PYTHON),,$(error No Python 3.11 or newer found; set PYTHON=/path/to/python3))
