@@ -21,9 +21,14 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code of the figure"
+nb_code_prompt_hide = "Hide the code of the figure"
 
 html_theme = "furo"
 html_title = "absgd_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"light_css_variables": {"code-font-size": "76%"}}  # 92 columns
 copybutton_exclude = ".linenos, .gp, .go"
 napoleon_google_docstring = True
 autodoc_typehints = "none"

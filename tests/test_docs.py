@@ -35,7 +35,7 @@ def name_of(path):
 def blocks(text, opening):
     """The code of every fence with this opening, each with the number of lines before it."""
     for match in re.finditer(rf"^```{opening}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        yield text[: match.start()].count("\n") + 1, match.group(1)
+        yield text[: match.start()].count("\n") + 1, re.sub(r"\A:tags:", "# tags:", match.group(1))
 
 
 def run(page, text, opening):
@@ -63,6 +63,13 @@ def test_tutorials_run_in_small(page, monkeypatch):
         run(page, text, r"\{code-cell\}")
     finally:
         plt.close("all")
+
+
+@pytest.mark.parametrize("page", [*PAGES[1:], *TUTORIALS], ids=name_of)
+def test_lines_of_code_are_not_wider_than_the_page(page):
+    for line, code in blocks(page.read_text(), r"(?:python|\{code-cell\})"):
+        for i, text in enumerate(code.splitlines(), line + 1):
+            assert len(text) <= 92, f"{page.name}:{i}"
 
 
 @pytest.mark.parametrize("page", PROSE, ids=name_of)
