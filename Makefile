@@ -15,7 +15,7 @@ BENCHMARKS := step_cost microbatch kl_dro theorem1 safety published_package scal
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.examples ## SGD against ABSGD on digits: tables, figure, JSON under results/ (40 seconds)
+demo: $(VENV)/.examples ## SGD against ABSGD on digits: tables, figure, JSON under results/ (half a minute)
 	$(BIN)/python -m examples.digits.main
 
 test: $(VENV)/.test ## the tests, with coverage
