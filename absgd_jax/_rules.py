@@ -207,8 +207,8 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_si
     then λ is -10 times its mean loss, from where :func:`kl_radius` follows.
 
     Args:
-      fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Misjudged by 0.1 it costs little; rather too large
-        than too small.
+      fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Rather too large than too small: where most labels
+        are wrong, trusting too few can give up whole classes unless ``step_size`` is smaller too.
       step_size: η, the relative change of λ for each nat and step. λ needs about log(10)/(η ρ) steps to come down;
         a smaller η gives the network more time to learn its classes first.
       batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
