@@ -1,6 +1,7 @@
 """Every Python block of the README and the guides runs, every tutorial runs in small, every link leads somewhere."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -102,3 +103,16 @@ def test_every_public_name_is_on_the_api_page():
     # autodoc takes what has a docstring
     members = [f for f in vars(absgd_jax.losses).values() if getattr(f, "__module__", "") == "absgd_jax.losses"]
     assert all(inspect.getdoc(f) for f in members if not f.__name__.startswith("_"))
+
+
+def test_what_a_step_costs_is_what_the_benchmark_says():
+    page = (ROOT / "docs" / "devices.md").read_text()
+    said = re.search(
+        r"was ([\d.]+) times SGD's with a ResNet-32 and a transformer, and ([\d.]+) times with a small MLP", page
+    )
+    records = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
+    ours = {record["model"]: record for record in records if record["method"] == "ABSGD"}
+    ratios = {model: f"{record['time_ratio']:.2f}" for model, record in ours.items()}
+    assert ratios == {"ResNet-32": said[1], "transformer": said[1], "MLP": said[2]}
+    counts = {(r["collectives"], r["collectives_before_backward"], r["extra_state_bytes"]) for r in ours.values()}
+    assert counts == {(2, 1, 20)}
