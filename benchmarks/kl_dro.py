@@ -23,7 +23,7 @@ import tyro
 from rich.progress import Progress
 
 import absgd_jax
-from benchmarks.records import Record, publish, table
+from benchmarks.harness.records import Record, publish, table
 from examples.lab.errors import UserError
 
 matplotlib.use("Agg")

@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
 
 import absgd_jax
-from benchmarks import programs
-from benchmarks.records import Record, publish, table
+from benchmarks.harness import programs
+from benchmarks.harness.records import Record, publish, table
 from examples.lab.errors import UserError
 
 matplotlib.use("Agg")

@@ -38,7 +38,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 import absgd_jax
-from benchmarks.records import Record, publish, table
+from benchmarks.harness.records import Record, publish, table
 from examples.cifar_lt import data
 from examples.cifar_lt.augment import normalise
 from examples.cifar_lt.models import ResNet

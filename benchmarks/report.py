@@ -6,7 +6,7 @@ python -m benchmarks.report
 import importlib
 from pathlib import Path
 
-from benchmarks.records import RESULTS, read
+from benchmarks.harness.records import RESULTS, read
 from examples.readme import fill
 
 README = Path(__file__).parent / "README.md"

@@ -28,7 +28,7 @@ import optax
 import tyro
 
 import absgd_jax
-from benchmarks.records import Record, publish, table
+from benchmarks.harness.records import Record, publish, table
 
 matplotlib.use("Agg")
 

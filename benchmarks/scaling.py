@@ -24,24 +24,8 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.ticker import EngFormatter
 from rich.progress import Progress
 
-import absgd_jax
-from benchmarks import programs
-from benchmarks.records import Record, publish, table
-from benchmarks.step_cost import (
-    DECAY,
-    MOMENTUM,
-    RATE,
-    TEMPERATURE,
-    Method,
-    Problem,
-    State,
-    absgd,
-    first_state,
-    make_step,
-    momentum,
-    network,
-    sgd,
-)
+from benchmarks.harness import programs, steps
+from benchmarks.harness.records import Record, publish, table
 from examples.cifar_lt.augment import normalise
 from examples.lab.errors import UserError
 
@@ -98,15 +82,10 @@ class Run(NamedTuple):
 
     count: Any  # steps, from which the batches are drawn
     temperature: Any
-    state: State
+    state: steps.State
 
 
 # --- programs
-
-
-def methods(temperature: Any) -> dict[str, Method]:
-    optimizer = absgd_jax.absgd(RATE, temperature, momentum=MOMENTUM, weight_decay=DECAY)
-    return {"SGD": Method(sgd, momentum), "ABSGD": Method(absgd, optimizer)}
 
 
 def make_images(setting: Setting) -> tuple[jax.Array, jax.Array]:
@@ -118,24 +97,21 @@ def make_images(setting: Setting) -> tuple[jax.Array, jax.Array]:
 
 def training(options: Options, setting: Setting, name: str, axis_name: str | None = None) -> Any:
     """``step(run, images, labels) -> run`` and ``init() -> run``, of a single run or of several at once."""
-    losses, init_network = network(options.depth, options.width, setting.classes)
+    losses, init_network = steps.network(options.depth, options.width, setting.classes)
 
     def init_run(temperature, count):
-        params, stats = init_network()
-        problem = Problem(losses, params, stats, ())
-        return Run(count, temperature, first_state(methods(temperature)[name], problem))
+        return Run(count, temperature, steps.first_state(steps.methods(temperature)[name], *init_network()))
 
     def step(run, images, labels):
         places = jax.random.randint(
             jax.random.fold_in(jax.random.key(0), run.count), (setting.batch_size,), 0, len(labels)
         )
-        problem = Problem(losses, None, None, ())
-        take_step = make_step(methods(run.temperature)[name], problem, axis_name)
+        take_step = steps.make_step(steps.methods(run.temperature)[name], losses, axis_name)
         return Run(run.count + 1, run.temperature, take_step(run.state, normalise(images[places]), labels[places]))
 
     if setting.runs == 1:
-        return step, lambda: init_run(jnp.float32(TEMPERATURE), jnp.int32(0))
-    temperatures = jnp.linspace(1, 2, setting.runs) * TEMPERATURE
+        return step, lambda: init_run(jnp.float32(steps.TEMPERATURE), jnp.int32(0))
+    temperatures = jnp.linspace(1, 2, setting.runs) * steps.TEMPERATURE
     counts = jnp.arange(setting.runs) * 1_000_000
     return jax.vmap(step, (0, None, None)), lambda: jax.vmap(init_run)(temperatures, counts)
 
@@ -144,7 +120,7 @@ def data_parallel(options: Options, setting: Setting, name: str, devices: int) -
     """The same for several devices, each with its part of the images and of the batch."""
     step, init = training(options, setting, name, "data")
     # Each device has the statistics of its own part of the batch.
-    specs = Run(P(), P(), State(P(), P("data"), P(), P()))
+    specs = Run(P(), P(), steps.State(P(), P("data"), P(), P()))
 
     def init_all():
         run = init()
@@ -180,7 +156,7 @@ def measure_setting(options: Options, setting: Setting, devices: int = 1) -> Rec
     draw = partial(make_images, setting._replace(examples=setting.examples * devices))
     images = jax.eval_shape(draw)
     make = training if devices == 1 else partial(data_parallel, devices=devices)
-    alternatives = {name: programs.compile_step(*make(options, setting, name), *images) for name in methods(1.0)}
+    alternatives = {name: programs.compile_step(*make(options, setting, name), *images) for name in steps.methods(1.0)}
     parameters = sum(x.size for x in jax.tree.leaves(jax.eval_shape(alternatives["SGD"].init).state.params))
     record = {
         **setting._asdict(),

@@ -2,9 +2,9 @@
 
 python -m benchmarks.step_cost
 
-FLOPs, bytes and memory are the compiler's figures of one step on one device. Collectives are those of the step compiled
-for 8 data-parallel devices: real ones where there are as many, otherwise the CPU split into 8, in a process of its own.
-Times are ratios to the step of SGD that ran in the same round.
+FLOPs, bytes and memory are the compiler's figures of one step on one device. Collectives are those of SGD's and ABSGD's
+step compiled for 8 data-parallel devices: real ones where there are as many, otherwise the CPU split into 8, in a
+process of its own. Times are ratios to the step of SGD that ran in the same round.
 """
 
 import dataclasses
@@ -17,27 +17,25 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
-import optax
 import tyro
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
 
-import absgd_jax
-from benchmarks import programs
-from benchmarks.records import Record, publish, table
-from examples.cifar_lt.models import ResNet
+from benchmarks.harness import programs, steps
+from benchmarks.harness.records import Record, publish, table
+from benchmarks.harness.steps import Method, State, cross_entropy, first_state, make_step
 from examples.cifar_lt.task import precision
-from examples.lab.methods.look_ahead import jamal
+from examples.lab.methods import Batch
+from examples.lab.methods.absgd import Absgd
+from examples.lab.methods.look_ahead import Meta
 from examples.lab.methods.recover import Recover
 
 matplotlib.use("Agg")
 
 DEVICES = 8
-CLASSES, TEMPERATURE, RATE, MOMENTUM, DECAY = 10, 1.0, 1e-4, 0.9, 5e-4
+CLASSES = 10
 SLOW = ("RECOVER", "META")  # two and more gradients a step: there is nothing to measure to 0.5 %
 COMPARED = ("flops", "bytes", "temporary_bytes")
-RECOVER = Recover(TEMPERATURE)
 NUMBERS = 3 * 4 * DEVICES  # bytes of the collective that merges the devices' risks: three numbers of each
 
 
@@ -77,10 +75,6 @@ class Problem(NamedTuple):
     batch: tuple[jax.Array, ...]  # images and labels, and again images and labels, held out for META
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
 def random_batch(size: int, *shape: int) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(1), 4)
     x, held_out = (jax.random.normal(key, (size, *shape)) for key in keys[:2])
@@ -106,26 +100,8 @@ def mlp(options: Options) -> Problem:
     return Problem(losses, layers, None, random_batch(options.batch_size, sizes[0]))
 
 
-def network(depth: int, width: int, classes: int) -> tuple[Callable[..., Any], Callable[[], Any]]:
-    """The losses of a ResNet, and what makes its parameters and statistics."""
-
-    def make_model():
-        return ResNet(depth, classes, width=width, dtype=precision(), rngs=nnx.Rngs(0))
-
-    def init():
-        return nnx.split(make_model(), nnx.Param, nnx.BatchStat)[1:]
-
-    graphdef, *_ = nnx.split(nnx.eval_shape(make_model), nnx.Param, nnx.BatchStat)
-
-    def losses(params, stats, x, labels):
-        model = nnx.merge(graphdef, params, stats, copy=True)
-        return cross_entropy(model(x, train=True), labels), nnx.state(model, nnx.BatchStat)
-
-    return losses, init
-
-
 def resnet(options: Options) -> Problem:
-    losses, init = network(options.depth, 16, CLASSES)
+    losses, init = steps.network(options.depth, 16, CLASSES)
     params, stats = init()
     return Problem(losses, params, stats, random_batch(options.batch_size, 32, 32, 3))
 
@@ -156,136 +132,50 @@ MODELS = {"MLP": mlp, "ResNet": resnet, "transformer": transformer}
 # --- methods
 
 
-class State(NamedTuple):
-    """All that a step changes."""
+def of(method: Any) -> Method:
+    """A method of the examples, on one device."""
 
-    params: Any
-    stats: Any
-    optimizer: Any
-    method: Any = None  # what a method keeps beside its optimizer's state
+    def gradient(losses, params, kept, batch, axis_name):
+        del axis_name
+        of_batch = lambda params, batch: losses(params, batch.inputs, batch.labels)  # noqa: E731
+        seen, held_out = (Batch(x, labels, jnp.ones(len(labels))) for x, labels in (batch[:2], batch[2:]))
+        grads, kept, info = method.gradient(of_batch, params, kept, seen, held_out)
+        return grads, kept, info.aux
 
-
-class Method(NamedTuple):
-    """``gradient(losses, state, batch, axis_name)`` gives the objective, new stats, the gradient and ``state.method``.
-
-    ``losses(params, x, labels)`` returns those of the examples and new stats. With an axis name it is called on one of
-    several devices, over which the batch is spread.
-    """
-
-    gradient: Callable[..., tuple[jax.Array, Any, Any, Any]]
-    optimizer: optax.GradientTransformationExtraArgs = absgd_jax.absgd(RATE, jnp.inf)
-    init: Callable[[Any], Any] = lambda params: None
+    return Method(method.init, gradient)
 
 
-def varying(params: Any, axis_name: str | None) -> Any:
-    """So that each device has a gradient of its own: that of what is the same everywhere would be summed over them."""
-    return params if axis_name is None else jax.lax.pcast(params, axis_name, to="varying")
-
-
-def mean_over(tree: Any, axis_name: str | None) -> Any:
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-
-def sgd(losses, state, batch, axis_name, weights: Any = 1):
-    def mean(params):
-        each, stats = losses(params, *batch[:2])
-        return jnp.mean(weights * each), stats
-
-    (value, stats), grads = jax.value_and_grad(mean, has_aux=True)(varying(state.params, axis_name))
-    value, grads = mean_over((value, grads), axis_name)
-    return value, stats, grads, None
-
-
-def absgd(losses, state, batch, axis_name):
-    risk_and_grad = absgd_jax.value_and_grad(losses, has_aux=True, axis_name=axis_name)
-    (risk, stats), grads = risk_and_grad(state.params, *batch[:2], state=state.optimizer)
-    return risk, stats, grads, None
-
-
-def softmax(losses, state, batch, axis_name):
-    risk_and_grad = absgd_jax.value_and_grad(losses, has_aux=True, axis_name=axis_name)
-    (risk, stats), grads = risk_and_grad(state.params, *batch[:2], temperature=TEMPERATURE)
-    return risk, stats, grads, None
-
-
-def recover_(losses, state, batch, axis_name):
-    risk_and_grad, seen = absgd_jax.value_and_grad(losses, has_aux=True, axis_name=axis_name), []
-
-    def at(params):
-        (risk, stats), grads = risk_and_grad(params, *batch[:2], temperature=TEMPERATURE)
-        seen.append(stats)
-        return risk, grads
-
-    grads, estimates = RECOVER.direction(at, state.params, state.method)
-    return estimates.risk, seen[0], grads, estimates
-
-
-def meta_(losses, state, batch, axis_name):
-    x, labels, held_out, held_out_labels = batch
-
-    def losses_of(params):
-        return losses(varying(params, axis_name), x, labels)[0]
-
-    def held_out_loss(params):
-        return mean_over(jnp.mean(losses(varying(params, axis_name), held_out, held_out_labels)[0]), axis_name)
-
-    # The look-ahead is along the sum over the whole batch: that over this device's examples, summed over the devices.
-    rate = len(labels) * RATE
-    weights = jamal(losses_of, state.params, held_out_loss, varying(jnp.ones(len(labels)), axis_name), rate)
-    return sgd(losses, state, batch, axis_name, weights)
-
-
-momentum = optax.with_extra_args_support(
-    optax.chain(optax.add_decayed_weights(DECAY), optax.trace(MOMENTUM), optax.scale_by_learning_rate(RATE))
-)
-METHODS = {
-    "SGD": Method(sgd, momentum),
-    "ABSGD": Method(absgd, absgd_jax.absgd(RATE, TEMPERATURE, momentum=MOMENTUM, weight_decay=DECAY)),
-    "mini-batch softmax": Method(softmax, momentum),
-    "RECOVER": Method(recover_, momentum, RECOVER.init),
-    "META": Method(meta_, momentum),
+SPREAD = steps.methods(steps.TEMPERATURE)  # over devices too
+METHODS = SPREAD | {
+    "mini-batch softmax": of(Absgd(steps.TEMPERATURE, gamma=1.0)),
+    "RECOVER": of(Recover(steps.TEMPERATURE)),
+    "META": of(Meta(rate=steps.RATE)),
 }
 
 
-def first_state(method: Method, problem: Problem, devices: int = 1) -> State:
-    """The state before the first step; the statistics of several devices lie side by side."""
-    # Copies, because the state of each method is donated.
-    params, stats = jax.tree.map(jnp.copy, (problem.params, problem.stats))
-    stats = jax.tree.map(lambda x: jnp.concatenate([x] * devices), stats)
-    return State(params, stats, method.optimizer.init(params), method.init(params))
-
-
-def make_step(method: Method, problem: Problem, axis_name: str | None = None) -> Callable[..., State]:
-    """One update; with an axis name, that of one of the devices over which the batch is spread."""
-
-    def step(state, *batch):
-        losses = lambda params, x, labels: problem.losses(params, state.stats, x, labels)  # noqa: E731
-        value, stats, grads, kept = method.gradient(losses, state, batch, axis_name)
-        updates, optimizer = method.optimizer.update(grads, state.optimizer, state.params, value=value)
-        return State(optax.apply_updates(state.params, updates), stats, optimizer, kept)
-
-    return step
-
-
-def on_each_device(step: Callable[..., State], count: int, arguments: int) -> Callable[..., State]:
-    """A data-parallel step: all but the statistics is the same on all devices, the arguments are spread over them."""
+def on_each_device(step: Callable[..., State], count: int) -> Callable[..., State]:
+    """A data-parallel step: all but the statistics is the same on all devices, the batch is spread over them."""
     specs = State(P(), P("data"), P(), P())
-    inputs = (specs, *[P("data")] * arguments)
-    return jax.shard_map(step, mesh=programs.mesh(count), in_specs=inputs, out_specs=specs)
+    return jax.shard_map(step, mesh=programs.mesh(count), in_specs=(specs, P("data"), P("data")), out_specs=specs)
 
 
 # --- results
 
 
-def collectives(options: Options) -> dict[tuple[str, str], list[programs.Collective]]:
-    """Those of the data-parallel step, for each model and method."""
+def collectives(options: Options) -> dict[tuple[str, str], Record]:
+    """Those of the data-parallel step, for each model and each method that is spread."""
     found = {}
     for model in options.models:
         problem = MODELS[model](options)
-        for name in options.methods:
-            step = on_each_device(make_step(METHODS[name], problem, "data"), DEVICES, len(problem.batch))
-            init = partial(first_state, METHODS[name], problem, DEVICES)
-            found[model, name] = programs.collectives(programs.compile_step(step, init, *problem.batch).compiled)
+        for name in SPREAD.keys() & options.methods:
+            step = on_each_device(make_step(SPREAD[name], problem.losses, "data"), DEVICES)
+            init = partial(first_state, SPREAD[name], problem.params, problem.stats, DEVICES)
+            met = programs.collectives(programs.compile_step(step, init, *problem.batch[:2]).compiled)
+            found[model, name] = {
+                "collectives": len(met),
+                "collectives_before_backward": sum(c.before_backward for c in met),
+                "collective_bytes": [c.bytes for c in met],
+            }
     return found
 
 
@@ -296,18 +186,20 @@ def measure(options: Options) -> list[Record]:
     with Progress() as progress:
         for model in progress.track(options.models, description="cost of a step"):
             problem = MODELS[model](options)
-            steps = {
+            compiled = {
                 name: programs.compile_step(
-                    make_step(METHODS[name], problem), partial(first_state, METHODS[name], problem), *problem.batch
+                    make_step(METHODS[name], problem.losses),
+                    partial(first_state, METHODS[name], problem.params, problem.stats),
+                    *problem.batch,
                 )
                 for name in options.methods
             }
             seconds, ratios = programs.time_ratios(
-                steps, problem.batch, options.rounds, rarely=SLOW, most_seconds=options.most_seconds
+                compiled, problem.batch, options.rounds, rarely=SLOW, most_seconds=options.most_seconds
             )
-            base = cost_of(steps[options.methods[0]])
-            for method, step in steps.items():
-                cost, met = cost_of(step), meetings[model, method]
+            base = cost_of(compiled[options.methods[0]])
+            for method, step in compiled.items():
+                cost = cost_of(step)
                 median, quartiles = programs.quartiles(ratios[method])
                 records.append(
                     {
@@ -318,9 +210,7 @@ def measure(options: Options) -> list[Record]:
                         "time_ratio_quartiles": quartiles,
                         "compile_seconds": step.compile_seconds,
                         "extra_state_bytes": cost["state_bytes"] - base["state_bytes"],
-                        "collectives": len(met),
-                        "collectives_before_backward": sum(c.before_backward for c in met),
-                        "collective_bytes": [c.bytes for c in met],
+                        **meetings.get((model, method), {}),
                         **{name: cost[name] for name in COMPARED},
                         "seconds_of_baseline": seconds,
                         "timings": len(ratios[method]),
@@ -381,8 +271,7 @@ def markdown(records: list[Record]) -> str:
     ]
     rows = []
     for record in records:
-        before, middle = record["collectives_before_backward"], record["time_ratio"]
-        low, high = record["time_ratio_quartiles"]
+        middle, (low, high) = record["time_ratio"], record["time_ratio_quartiles"]
         row = {
             "model": f"{record['model']}, {record['parameters']:,} parameters",
             "method": record["method"],
@@ -392,7 +281,9 @@ def markdown(records: list[Record]) -> str:
             "time (quartiles)": f"{middle:.3f} ({low:.3f} to {high:.3f})",
             "compiling, s": f"{record['compile_seconds']:.1f}",
             "extra state, bytes": f"{record['extra_state_bytes']:,}",
-            "collectives (between the passes)": f"{record['collectives']} ({before})",
+            "collectives (between the passes)": (
+                f"{record['collectives']} ({record['collectives_before_backward']})" if "collectives" in record else "–"
+            ),
         }
         rows.append(row)
     scalings = "; ".join(

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from scipy import stats
 
 import absgd_jax
-from benchmarks.records import Record, publish, table
+from benchmarks.harness.records import Record, publish, table
 from examples.lab.methods.recover import Recover
 
 matplotlib.use("Agg")

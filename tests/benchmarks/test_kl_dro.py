@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from benchmarks import kl_dro, records
+from benchmarks import kl_dro
+from benchmarks.harness import records
 from examples.lab.errors import UserError
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import microbatch, programs
+from benchmarks import microbatch
+from benchmarks.harness import programs
 from benchmarks.microbatch import ROUNDING, TEMPERATURE, Options
 from examples.lab.errors import UserError
 from tests.reference import entropic_risk

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P, SingleDeviceSharding
 
-from benchmarks import programs
-from benchmarks.programs import Collective, Program
+from benchmarks.harness import programs
+from benchmarks.harness.programs import Collective, Program
 
 W, X = jnp.ones((4, 4)), jnp.ones((32, 4))
 

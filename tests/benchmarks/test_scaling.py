@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import programs, scaling
-from benchmarks.programs import Program
+from benchmarks import scaling
+from benchmarks.harness import programs, steps
+from benchmarks.harness.programs import Program
 from benchmarks.scaling import Options, Setting
 from examples.lab.errors import UserError
 
@@ -30,7 +31,7 @@ def linear_network(monkeypatch):
         w = jnp.linspace(-1, 1, 3 * classes).reshape(3, classes)
         return losses, lambda: ({"w": w, "b": jnp.zeros(classes)}, {"mean": jnp.zeros(3)})
 
-    monkeypatch.setattr(scaling, "network", network)
+    monkeypatch.setattr(steps, "network", network)
     monkeypatch.setattr(programs, "LEAST_SECONDS", 0)
 
 
@@ -61,7 +62,7 @@ def test_devices_with_the_same_images_train_like_one():
     state = spread("ABSGD", (np.tile(x, (4, 1, 1, 1)), np.tile(labels, 4)), 2)
     step, init = scaling.training(SMALL, Setting(4), "ABSGD")
     expected = train(step, init(), (x, labels), 2).state
-    assert_same((state.params, state.optimizer), (expected.params, expected.optimizer))
+    assert_same((state.params, state.optimizer, state.method), (expected.params, expected.optimizer, expected.method))
     assert_same(state.stats["mean"].reshape(4, 3), np.tile(expected.stats["mean"], (4, 1)))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from examples.environment import hardware, versions
 from examples.lab.errors import UserError
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 Record = dict[str, Any]
 
