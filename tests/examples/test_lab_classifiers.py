@@ -1,4 +1,4 @@
-"""CIFAR example: the second-stage classifiers against scikit-learn, SciPy and closed forms."""
+"""Laboratory: the second-stage classifiers against scikit-learn, SciPy and closed forms."""
 
 from functools import partial
 

@@ -1,6 +1,8 @@
 """Laboratory: weights from a look-ahead, against derivatives of the look-ahead itself."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,27 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from examples.cifar_lt import models
-from examples.lab.methods.look_ahead import example_gradient, jamal, l2rw
+from examples.lab.methods import Batch
+from examples.lab.methods.look_ahead import L2rw, Meta, example_gradient
+
+
+class Problem(NamedTuple):
+    """A small network in float64; the losses' auxiliary tree says on which batch they were taken."""
+
+    losses: Callable
+    params: dict
+    batch: Batch
+    held_out: Batch
+
+    def losses_of(self, params):
+        return self.losses(params, self.batch)[0]
+
+    def held_out_loss(self, params):
+        return jnp.mean(self.losses(params, self.held_out)[0])
 
 
 @pytest.fixture
 def mlp():
-    """A small network in float64, as losses_of, params, held_out_loss and weights."""
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(1), 6)
         params = {
@@ -25,13 +42,13 @@ def mlp():
         }
         images = jax.random.normal(keys[2], (2, 6, 5), jnp.float64)
         labels = jax.random.randint(keys[3], (2, 6), 0, 3)
-
-        def losses_of(params, i=0):
-            logits = jnp.tanh(images[i] @ params["in"]) @ params["out"]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[i])
-
         weights = jax.random.uniform(keys[4], (6,), jnp.float64)
-        yield losses_of, params, lambda params: jnp.mean(losses_of(params, 1)), weights
+
+        def losses(params, batch):
+            logits = jnp.tanh(batch.inputs @ params["in"]) @ params["out"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels), batch.inputs
+
+        yield Problem(losses, params, Batch(images[0], labels[0], weights), Batch(images[1], labels[1], jnp.ones(6)))
 
 
 def look_ahead(losses_of, params, held_out_loss, weights, rate):
@@ -40,9 +57,9 @@ def look_ahead(losses_of, params, held_out_loss, weights, rate):
 
 
 def test_gradient_is_that_of_the_look_ahead(mlp):
-    losses_of, params, held_out_loss, weights = mlp
-    ahead = jax.jit(lambda w: look_ahead(losses_of, params, held_out_loss, w, 0.3))
-    ours = jax.jit(example_gradient, static_argnums=(0, 2))(losses_of, params, held_out_loss, weights, 0.3)
+    losses_of, held_out_loss, weights = mlp.losses_of, mlp.held_out_loss, mlp.batch.weights
+    ahead = jax.jit(lambda w: look_ahead(losses_of, mlp.params, held_out_loss, w, 0.3))
+    ours = jax.jit(example_gradient, static_argnums=(0, 2))(losses_of, mlp.params, held_out_loss, weights, 0.3)
     assert ours.shape == (6,)
     assert ours.dtype == np.float64
     np.testing.assert_allclose(ours, jax.grad(ahead)(weights), rtol=1e-10, atol=1e-15)
@@ -75,37 +92,53 @@ def test_gradient_through_a_resnet():
         np.testing.assert_allclose(ours[i], truth(images[i], weights[i], rate[i]), rtol=2e-3, atol=1e-5)
 
 
-def per_example_products(losses_of, params, held_out_loss, weights, rate):
-    """<∇l_i, v> in NumPy from all gradients one by one."""
-    jacobian = jax.jit(jax.jacrev(losses_of))(params)
+def per_example(problem, weights, rate):
+    """All ∇l_i, shape (6, P), one by one, and in NumPy their products with the held-out gradient after a step."""
+    jacobian = jax.jit(jax.jacrev(problem.losses_of))(problem.params)
     jacobian = np.concatenate([np.asarray(leaf).reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
-    flat, unravel = ravel_pytree(params)
+    flat, unravel = ravel_pytree(problem.params)
     ahead = np.asarray(flat) - rate * jacobian.T @ np.asarray(weights) / 6
-    return jacobian @ np.asarray(ravel_pytree(jax.grad(held_out_loss)(unravel(ahead)))[0])
+    return jacobian, jacobian @ np.asarray(ravel_pytree(jax.grad(problem.held_out_loss)(unravel(ahead)))[0])
 
 
-def test_l2rw_weights(mlp):
-    losses_of, params, held_out_loss, weights = mlp
-    products = per_example_products(losses_of, params, held_out_loss, 0 * weights, 1.0)
+def assert_weighted(problem, method, jacobian, weights):
+    """The method's gradient is that of the mean of the losses with these weights, and it says so."""
+    assert method.needs_held_out
+    gradient = jax.jit(method.gradient, static_argnums=0)
+    grads, state, info = gradient(problem.losses, problem.params, method.init(problem.params), *problem[2:])
+    assert state == ()
+    np.testing.assert_allclose(ravel_pytree(grads)[0], jacobian.T @ weights / 6, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(info.weights, weights, rtol=1e-9)
+    weighted = weights * np.asarray(problem.losses_of(problem.params))
+    np.testing.assert_allclose(info.losses, weighted, rtol=1e-9)
+    assert float(info.risk) == pytest.approx(weighted.mean(), rel=1e-9)
+    assert np.isposinf(info.temperature)
+    np.testing.assert_array_equal(info.aux, problem.batch.inputs)
+
+
+def test_meta(mlp):
+    # The look-ahead is on the sum of the losses.
+    jacobian, products = per_example(mlp, mlp.batch.weights, 6 * 0.05)
+    weights = np.asarray(mlp.batch.weights) + 40 * 0.05 * products
+    assert weights.min() < 0  # which is not clipped
+    assert_weighted(mlp, Meta(step=40.0).at_rate(0.05), jacobian, weights)
+
+
+def test_l2rw(mlp):
+    jacobian, products = per_example(mlp, np.zeros(6), 1.0)
     assert products.min() < 0 < products.max()
-    expected = np.maximum(products, 0)
-    ours = jax.jit(l2rw, static_argnums=(0, 2))(losses_of, params, held_out_loss)
-    np.testing.assert_allclose(ours, expected / expected.sum() * 6, rtol=1e-10)
+    weights = np.maximum(products, 0)
+    assert_weighted(mlp, L2rw().at_rate(0.05), jacobian, weights / weights.sum() * 6)
     # The definition: the look-ahead at weights 0.
-    gradient = jax.jit(example_gradient, static_argnums=(0, 2))(losses_of, params, held_out_loss, 0 * weights, 0.3)
+    gradient = example_gradient(mlp.losses_of, mlp.params, mlp.held_out_loss, jnp.zeros(6), 0.3)
     np.testing.assert_allclose(gradient, -0.3 / 6 * products, rtol=1e-10)
 
 
 def test_l2rw_without_a_useful_example(mlp):
-    _, params, held_out_loss, _ = mlp
-    weights = l2rw(lambda p: -held_out_loss(p) * jnp.arange(6.0), params, held_out_loss)
-    np.testing.assert_array_equal(weights, np.zeros(6))
+    def losses(params, batch):
+        loss = mlp.held_out_loss(params)
+        return (loss * jnp.ones(6) if batch is mlp.held_out else -loss * jnp.arange(6.0)), None
 
-
-def test_jamal_weights(mlp):
-    losses_of, params, held_out_loss, class_weights = mlp
-    products = per_example_products(losses_of, params, held_out_loss, class_weights, 0.3)
-    ours = jax.jit(jamal, static_argnums=(0, 2))(losses_of, params, held_out_loss, class_weights, 0.3, 40.0)
-    expected = np.asarray(class_weights) + 40 * 0.3 / 6 * products
-    assert expected.min() < 0  # which is not clipped
-    np.testing.assert_allclose(ours, expected, rtol=1e-9)
+    grads, _, info = L2rw().gradient(losses, mlp.params, (), mlp.batch, mlp.held_out)
+    np.testing.assert_array_equal(info.weights, np.zeros(6))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
