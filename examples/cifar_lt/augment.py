@@ -9,9 +9,9 @@ PAD = 4
 SIZE = 32
 
 
-def pad(images: jax.Array, pixels: int = PAD) -> jax.Array:
-    """Frames images (N, 32, 32, 3) with black pixels, to (N, 40, 40, 3) if 4."""
-    return jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
+def pad(images: jax.Array, pixels: int = PAD, mode: str = "constant") -> jax.Array:
+    """Frames images (N, 32, 32, 3) with black pixels, to (N, 40, 40, 3) if 4, or as another mode of jnp.pad has it."""
+    return jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode=mode)
 
 
 def crop_and_flip(padded: jax.Array, batch: jax.Array, key: jax.Array, pixels: int = PAD) -> jax.Array:

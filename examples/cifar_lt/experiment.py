@@ -21,21 +21,21 @@ class CifarRecipe(Recipe):
 
     dataset: str = "cifar10-lt-100"
     """cifar10 or cifar100, long tail (lt) or step (st), imbalance ratio; for wrong labels see the README."""
-    network: str = "wide"
-    """wide, or resnet-<depth>-<channels of the first stage>."""
-    epochs: int = 20
+    network: str = "shallow"
+    """shallow, or resnet-<depth>-<channels of the first stage>."""
+    epochs: int = 18
     """All epochs."""
     begin: float = 0.8
     """Part of the epochs before the second stage: λ, class weights, batches and trained layers change there."""
-    rate: float = 0.4
+    rate: float = 0.05
     """Peak of the learning rate."""
     decay: float = 0.01
     """Of a ResNet: factor on the learning rate after 80 %, and again after 90 % of the epochs."""
     momentum: float = 0.9
     """Momentum."""
-    weight_decay: float = 5e-4
+    weight_decay: float = 1e-3
     """Weight decay."""
-    batch_size: int = 256
+    batch_size: int = 64
     """Images in a step."""
     trained: str = "all"
     """What the second stage trains: all, last-block (with the classifier) or classifier."""
@@ -59,8 +59,8 @@ class CifarRecipe(Recipe):
         resnet = parts[0] == "resnet" and len(parts) == 3 and all(part.isdigit() for part in parts[1:])
         depth = int(parts[1]) if resnet else 0
         return super().rules() | {
-            f"--network {self.network}: wide, or resnet-<depth>-<channels> with a depth of 6n + 2": self.network
-            == "wide"
+            f"--network {self.network}: shallow, or resnet-<depth>-<channels> with a depth of 6n + 2": self.network
+            == "shallow"
             or (depth >= 8 and depth % 6 == 2 and int(parts[2]) >= 1),
             f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
             f"--begin {self.begin}: it must be from 0 to 1": 0 <= self.begin <= 1,
@@ -84,12 +84,12 @@ class CifarRecipe(Recipe):
 
 def make_run(recipe: CifarRecipe) -> Run:
     """Stages: wherever the learning rate turns, and where the second stage begins."""
-    turn, by_epoch = round(recipe.begin * recipe.epochs), recipe.network != "wide"
+    turn, by_epoch = round(recipe.begin * recipe.epochs), recipe.network != "shallow"
     shared = {
         "batch_size": recipe.batch_size,
         "momentum": recipe.momentum,
         "weight_decay": recipe.weight_decay,
-        "nesterov": recipe.network == "wide",
+        "nesterov": recipe.network == "shallow",
         "rate_by_epoch": by_epoch,
         "mixup": recipe.mixup,
         "label_smoothing": recipe.label_smoothing,
@@ -110,8 +110,8 @@ def make_run(recipe: CifarRecipe) -> Run:
     task = Cifar(
         dataset=recipe.dataset,
         network_name=recipe.network,
-        shift=2 if recipe.network == "wide" else 4,
-        flipped_test=recipe.network == "wide",
+        shift=2 if recipe.network == "shallow" else 4,
+        flipped_test=recipe.network == "shallow",
         n_max=recipe.n_max,
         test_per_class=recipe.test_per_class,
         validation=recipe.validation,
@@ -124,7 +124,7 @@ def make_run(recipe: CifarRecipe) -> Run:
 def _rates(recipe: CifarRecipe) -> list[tuple[int, tuple[float, float]]]:
     """Epochs in which the learning rate is linear, and its ends."""
     peak, epochs = recipe.rate, recipe.epochs
-    if recipe.network == "wide":
+    if recipe.network == "shallow":
         rise = round(0.2 * epochs)
         return [(rise, (0.0, peak)), (epochs - rise, (peak, 0.0))]
     # As the published code: rising by epochs to the peak, divided after 80 % and again after 90 %.

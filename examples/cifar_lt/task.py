@@ -12,7 +12,7 @@ from examples.cifar_lt import noise
 from examples.cifar_lt.augment import crop_and_flip, normalise, pad
 from examples.cifar_lt.data import load
 from examples.cifar_lt.imbalance import class_counts, subset
-from examples.cifar_lt.models import ResNet, Wide, whitening_kernel
+from examples.cifar_lt.models import ResNet, Shallow, whitening_kernel
 from examples.lab.errors import UsageError, UserError
 from examples.lab.losses import NEEDS_COSINES
 from examples.lab.task import Data, Split, Task
@@ -33,7 +33,7 @@ class Cifar(Task):
     """The fields identify the images and the network."""
 
     dataset: str  # such as cifar10-lt-100 or cifar10-lt-1-sym0.4
-    network_name: str  # "wide" or "resnet-<depth>-<width>"
+    network_name: str  # "shallow" or "resnet-<depth>-<width>"
     shift: int  # pixels of the random crop
     flipped_test: bool = False  # whether logits are averaged with those of the mirror image
     n_max: int | None = None  # training images of the largest class; None takes all there are
@@ -100,21 +100,23 @@ class Cifar(Task):
 
     def network(self, loss, rngs):
         cosine = loss in NEEDS_COSINES
-        if self.network_name == "wide":
-            return Wide(self.classes, cosine=cosine, dtype=precision(), rngs=rngs)
+        if self.network_name == "shallow":
+            return Shallow(self.classes, cosine=cosine, dtype=precision(), rngs=rngs)
         _, depth, width = self.network_name.split("-")
         return ResNet(int(depth), self.classes, width=int(width), cosine=cosine, dtype=precision(), rngs=rngs)
 
     def calibrate(self, rest, train):
-        if self.network_name == "wide":
-            rest["whitening"][...] = whitening_kernel(normalise(jnp.asarray(train.inputs[:5000])))
+        if self.network_name == "shallow":
+            some = train.inputs[:: -(-len(train.inputs) // 5000)]  # of all classes, which come one after another
+            rest["whitening"][...] = whitening_kernel(normalise(jnp.asarray(some)))
         return rest
 
     def prepare(self, inputs):
         return normalise(inputs)
 
     def augment(self, inputs, key):
-        return crop_and_flip(pad(inputs, self.shift), jnp.arange(len(inputs)), key, self.shift)
+        frame = pad(inputs, self.shift, "reflect" if self.network_name == "shallow" else "constant")
+        return crop_and_flip(frame, jnp.arange(len(inputs)), key, self.shift)
 
     def predict(self, module, inputs):
         logits = module(inputs, train=False)
@@ -123,5 +125,5 @@ class Cifar(Task):
     def part(self, path):
         if path[0] == "classifier":
             return 2
-        last = 2 if self.network_name == "wide" else (int(self.network_name.split("-")[1]) - 2) // 2 - 1
+        last = 4 if self.network_name == "shallow" else (int(self.network_name.split("-")[1]) - 2) // 2 - 1
         return 1 if path[:2] == ("blocks", str(last)) else 0

@@ -12,7 +12,7 @@ from flax import nnx
 
 from examples.cifar_lt.augment import crop_and_flip, normalise, pad
 from examples.cifar_lt.experiment import EXPERIMENT, PRESETS, TABLES, CifarRecipe, make_run
-from examples.cifar_lt.models import ResNet, Wide, max_pool, whitening_kernel
+from examples.cifar_lt.models import ResNet, Shallow, max_pool, whitening_kernel
 from examples.cifar_lt.task import Cifar
 from examples.lab import cli, records
 from examples.lab.errors import UsageError
@@ -61,7 +61,7 @@ def test_the_fast_rate_rises_and_falls_linearly_by_steps():
     steps = [
         float(stage.rate_at(jnp.int32(s), jnp.int32(10))) for stage in run.stages for s in range(10 * stage.epochs)
     ]
-    np.testing.assert_allclose(steps, np.interp(range(200), [0, 40, 200], [0, 0.4, 0]), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(steps, np.interp(range(180), [0, 40, 180], [0, 0.05, 0]), rtol=1e-5, atol=1e-7)
 
 
 def parameters(module):
@@ -73,20 +73,23 @@ def test_resnets_have_the_published_sizes(depth, count):
     assert parameters(nnx.eval_shape(lambda: ResNet(depth, 10, rngs=nnx.Rngs(0)))) == count
 
 
-def test_the_wide_network_and_its_whitening():
-    module = Wide(10, rngs=nnx.Rngs(0))
-    assert parameters(module) == 387_082
+def test_the_shallow_network_and_its_whitening():
+    module = Shallow(10, rngs=nnx.Rngs(0))
+    assert parameters(module) == 1_137_850
     rng = np.random.default_rng(0)
-    smooth = np.cumsum(rng.normal(size=(50, 16, 16, 3)), axis=1).astype(np.float32)
-    kernel = whitening_kernel(jnp.asarray(smooth))
-    np.testing.assert_array_equal(kernel[..., 12:], -kernel[..., :12])
-    layout = ("NHWC", "HWIO", "NHWC")
-    out = jax.lax.conv_general_dilated(smooth, kernel[..., :12], (1, 1), "VALID", dimension_numbers=layout)
-    np.testing.assert_allclose(np.cov(np.asarray(out).reshape(-1, 12).T), np.eye(12), atol=5e-2)
+    rough = rng.normal(size=(60, 32, 32, 3)).astype(np.float32)
+    images = rough + 2 * rough[:, ::-1].mean(axis=3, keepdims=True)
+    kernel = whitening_kernel(jnp.asarray(images))
+    np.testing.assert_array_equal(kernel[..., 24:], -kernel[..., :24])
+    windows = np.lib.stride_tricks.sliding_window_view(images.astype(np.float64), (4, 4), axis=(1, 2))[:, ::3, ::3]
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 48)  # rows, columns, channels
+    seen = patches @ np.asarray(kernel[..., :24], np.float64).reshape(48, 24)
+    variances = np.linalg.eigvalsh(patches.T @ patches / len(patches))[:-25:-1]
+    np.testing.assert_allclose(seen.T @ seen / len(seen), np.diag(variances / (variances + 5e-4)), atol=1e-3)
     x = rng.normal(size=(2, 5, 5, 3)).astype(np.float32)
-    pooled = nnx.max_pool(x, (2, 2), (2, 2))
-    np.testing.assert_array_equal(max_pool(x), pooled)
+    np.testing.assert_array_equal(max_pool(x), nnx.max_pool(x, (2, 2), (2, 2)))
     assert module(rng.normal(size=(4, 32, 32, 3)), train=True).shape == (4, 10)
+    assert module.features(rng.normal(size=(4, 32, 32, 3)), train=False).shape == (4, 256)
 
 
 def test_crops_are_windows_of_the_framed_image_or_their_mirror_images():
@@ -102,7 +105,7 @@ def test_crops_are_windows_of_the_framed_image_or_their_mirror_images():
 
 
 def task(dataset, **fields):
-    return Cifar(dataset=dataset, network_name="wide", shift=2, **fields)
+    return Cifar(dataset=dataset, network_name="shallow", shift=2, **fields)
 
 
 def test_datasets_by_name(cifar10):
@@ -132,7 +135,7 @@ def test_one_run_end_to_end(cifar10, tmp_path, capsys):
         "--max-weight",
         "3",
         "--network",
-        "wide",
+        "shallow",
     ]
     assert cli.main(EXPERIMENT, ["train", *arguments, "--epochs", "5", *options]) == 0
     record = records.read(tmp_path / "out/smoke/cifar10-lt-100/absgd-ce-t1-c3-s0.json")
