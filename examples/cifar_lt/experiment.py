@@ -10,7 +10,7 @@ from pathlib import Path
 
 from examples.cifar_lt.task import Cifar
 from examples.lab.config import SGD, Run, Stage
-from examples.lab.experiment import Experiment
+from examples.lab.experiment import TUNING_VALIDATION, Experiment
 from examples.lab.losses import NEEDS_COSINES
 from examples.lab.recipe import Recipe
 
@@ -29,6 +29,8 @@ class CifarRecipe(Recipe):
     """Part of the epochs before the second stage: λ, class weights, batches and trained layers change there."""
     rate: float = 0.05
     """Peak of the learning rate."""
+    second_rate: float = 1.0
+    """Factor on the learning rate in the second stage."""
     decay: float = 0.01
     """Of a ResNet: factor on the learning rate after 80 %, and again after 90 % of the epochs."""
     momentum: float = 0.9
@@ -52,6 +54,7 @@ class CifarRecipe(Recipe):
     def title(self):
         ending = "" if self.momentum else "-no-momentum"
         ending += "-one-stage" if self.begin == 0 and self.method == "absgd" else ""
+        ending += "" if self.second_rate == 1 else f"-rate{self.second_rate:g}"
         return super().title + ending
 
     def rules(self):
@@ -65,6 +68,7 @@ class CifarRecipe(Recipe):
             f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
             f"--begin {self.begin}: it must be from 0 to 1": 0 <= self.begin <= 1,
             f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
+            f"--second-rate {self.second_rate}: it must be above 0 and finite": 0 < self.second_rate < math.inf,
             f"--decay {self.decay}: it must be above 0 and at most 1": 0 < self.decay <= 1,
             f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
             f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
@@ -103,6 +107,8 @@ def make_run(recipe: CifarRecipe) -> Run:
     }
     stages, done = [], 0
     for epochs, rates in _cut(_rates(recipe), turn, by_epoch):
+        factor = 1.0 if done < turn else recipe.second_rate
+        rates = (factor * rates[0], factor * rates[1])
         stages.append(Stage(epochs=epochs, rate=rates, **(first if done < turn else second)))
         done += epochs
     if recipe.classifier is not None:
@@ -176,6 +182,19 @@ TABLES = {
         {"momentum": 0.0, "method": "absgd", "temperature": 1.0},
         {"begin": 0.0, "method": "absgd", "temperature": 1.0},
         *({"loss": "balanced-softmax", **changes} for changes in ({}, *ABSGD)),
+    ],
+    # Where the second stage breaks: λ, the bound on the weights, and the learning rate, on the runs to choose by.
+    "bounds": [
+        {"second_rate": rate, "validation": TUNING_VALIDATION, **changes}
+        for rate in (0.1, 1.0)
+        for changes in (
+            {},
+            *(
+                {"method": "absgd", "temperature": t, "max_weight": c}
+                for t in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+                for c in (math.inf, 10.0, 3.0)
+            ),
+        )
     ],
     # Wrong labels: λ < 0 once the network knows the classes.
     "noise": [

@@ -35,11 +35,11 @@ class Experiment:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def recipes(self, preset: str, table: str, dataset: str, seeds: Sequence[int]) -> Iterator[Recipe]:
-        """The runs of a table on a dataset; where they hold nothing out, also those by which strengths are chosen."""
+        """The runs of a table on a dataset, and those by which strengths are chosen, which have seeds of their own."""
         for changes in self.tables[table]:
             base = dataclasses.replace(self.presets[preset], dataset=dataset, **changes)
             for seed in seeds:
-                yield dataclasses.replace(base, seed=seed)
+                yield dataclasses.replace(base, seed=seed + TUNING_SEED if base.validation else seed)
             if base.strength and not base.validation:
                 yield dataclasses.replace(base, seed=TUNING_SEED, validation=TUNING_VALIDATION)
 
