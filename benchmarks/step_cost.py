@@ -142,7 +142,7 @@ def of(method: Any) -> Method:
         grads, kept, info = method.gradient(of_batch, params, kept, seen, held_out)
         return grads, kept, info.aux
 
-    return Method(method.init, gradient)
+    return Method(partial(method.init, size=(0, CLASSES)), gradient)
 
 
 SPREAD = steps.methods(steps.TEMPERATURE)  # over devices too

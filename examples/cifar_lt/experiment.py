@@ -43,8 +43,6 @@ class CifarRecipe(Recipe):
     """What the second stage trains: all, last-block (with the classifier) or classifier."""
     mixup: bool = False
     """Mix each image with another one of the batch."""
-    label_smoothing: float = 0.0
-    """Part of the label that is spread over all classes."""
     n_max: int | None = None
     """Training images of the largest class. None takes all there are."""
     test_per_class: int | None = None
@@ -74,9 +72,6 @@ class CifarRecipe(Recipe):
             f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
             f"--batch-size {self.batch_size}: it must be at least 1": self.batch_size >= 1,
             f"--trained {self.trained}: choose from {', '.join(Cifar.PARTS)}": self.trained in Cifar.PARTS,
-            f"--label-smoothing {self.label_smoothing}: it must be at least 0 and less than 1": (
-                0 <= self.label_smoothing < 1
-            ),
             f"--n-max {self.n_max}: it must be at least 1": self.n_max is None or self.n_max >= 1,
             f"--test-per-class {self.test_per_class}: it must be from 1 to 1000": (
                 self.test_per_class is None or 1 <= self.test_per_class <= 1000
@@ -96,7 +91,6 @@ def make_run(recipe: CifarRecipe) -> Run:
         "nesterov": recipe.network == "shallow",
         "rate_by_epoch": by_epoch,
         "mixup": recipe.mixup,
-        "label_smoothing": recipe.label_smoothing,
         "balanced_batches": recipe.balanced_batches,
     }
     first = {"loss": recipe.loss.removeprefix("cb-"), "method": SGD} | shared

@@ -43,7 +43,6 @@ class Stage:
     batch_size: int = static(128)
     nesterov: bool = static(False)
     mixup: bool = static(False)
-    label_smoothing: float = static(0.0)  # part of the label that is spread over all classes
     momentum: float = 0.9
     weight_decay: float = 0.0
 

@@ -23,7 +23,8 @@ METHODS = _by_name()
 NEEDS = {  # numbers that a method must be given, and that others must not
     "temperature": ("absgd", "term", "adaptive-gamma", "recover"),
     "kl_radius": ("kl-radius",),
-    "fraction": ("trust", "focus"),
+    "fraction": ("trust", "focus", "forward", "small-loss"),
+    "parameter": ("gce", "sce", "smoothing", "rgd", "small-loss", "elr"),
     "log_alpha": ("adaptive-gamma",),
 }
 TAKES = {"max_weight": ("absgd", "term", "adaptive-gamma", "kl-radius", "trust", "focus")}  # and need not be given
@@ -46,7 +47,9 @@ class Recipe:
     kl_radius: float | None = None
     """Distance of the weights from uniform, in nats."""
     fraction: float | None = None
-    """Fraction of the examples to trust, or to focus on."""
+    """Fraction of the examples to trust (of right labels), or to focus on."""
+    parameter: float | None = None
+    """The number of a method that has one of its own: see methods/."""
     max_weight: float = math.inf
     """Largest weight that a loss can have relative to one as large as the running risk."""
     gamma: float = 0.9
@@ -90,6 +93,8 @@ class Recipe:
             f"--kl-radius {self.kl_radius}: it must be above 0": self.kl_radius is None
             or 0 < self.kl_radius < math.inf,
             f"--fraction {self.fraction}: it must be between 0 and 1": self.fraction is None or 0 < self.fraction < 1,
+            f"--parameter {self.parameter}: it must be above 0": self.parameter is None
+            or 0 < self.parameter < math.inf,
             f"--max-weight {self.max_weight}: it must be above 1": self.max_weight > 1,
             f"--gamma {self.gamma}: it must be above 0 and at most 1": 0 < self.gamma <= 1,
             f"--log-alpha {self.log_alpha}: it must be finite": self.log_alpha is None or math.isfinite(self.log_alpha),
@@ -101,7 +106,8 @@ class Recipe:
     @property
     def strength(self) -> str:
         """What says how uneven the weights are, for names."""
-        numbers = {"t": self.temperature, "r": self.kl_radius, "f": self.fraction, "c": self.max_weight}
+        numbers = {"t": self.temperature, "r": self.kl_radius, "f": self.fraction, "p": self.parameter}
+        numbers["c"] = self.max_weight
         return "".join(f"-{k}{v:g}" for k, v in numbers.items() if v is not None and math.isfinite(v))
 
     @property

@@ -13,7 +13,15 @@ from examples.lab.config import Run, describe
 from examples.lab.errors import UserError
 from examples.lab.recipe import Recipe
 
-SERIES = ("loss", "sample_size", "largest_weight", "temperature", "test_accuracy", "validation_accuracy")
+SERIES = (
+    "loss",
+    "sample_size",
+    "largest_weight",
+    "temperature",
+    "weight_of_wrong",
+    "test_accuracy",
+    "validation_accuracy",
+)
 
 
 def shots(counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from flax import nnx
 import absgd_jax
 from examples.lab.config import Stage
 from examples.lab.losses import LOSSES
-from examples.lab.methods import Batch
+from examples.lab.methods import Batch, Outputs
 from examples.lab.task import Split, Task, initial, module_of
 
 
@@ -26,6 +26,14 @@ class State(NamedTuple):
     begun: jax.Array  # shape=(), dtype=int32; the step at which the stage began
 
 
+class Facts(NamedTuple):
+    """What a step knows of the training set."""
+
+    counts: jax.Array  # examples of each class, shape=(C,)
+    steps: Any  # in an epoch
+    wrong: jax.Array  # shape=(N,), dtype=bool; whether an example's label is known to be wrong
+
+
 class Metrics(NamedTuple):
     """What is seen of a step, scalars."""
 
@@ -33,22 +41,23 @@ class Metrics(NamedTuple):
     risk: jax.Array  # the method's running objective
     sample_size: jax.Array  # effective sample size, as a fraction of the batch
     largest_weight: jax.Array  # relative to the mean
+    weight_of_wrong: jax.Array  # the part of all weight that wrong labels have
     temperature: jax.Array  # λ
     rate: jax.Array
 
 
-def first_state(task: Task, stage: Stage, seed: Any) -> State:
-    """The state before any training."""
+def first_state(task: Task, stage: Stage, size: tuple[int, int], seed: Any) -> State:
+    """The state before any training; ``size`` is the number of training examples and of classes."""
     key = jax.random.key(seed)
     params, rest = initial(task, stage.loss, key)
-    trace = optimizer(stage, 0.0).init(params)
+    trace, method = optimizer(stage, 0.0).init(params), stage.method.init(params, size)
     zero = jnp.zeros((), jnp.int32)
-    return State(params, rest, trace, stage.method.init(params), jax.random.key_data(key), zero, jnp.zeros_like(zero))
+    return State(params, rest, trace, method, jax.random.key_data(key), zero, jnp.zeros_like(zero))
 
 
-def take_over(stage: Stage, carry_method: bool, state: State) -> State:
+def take_over(stage: Stage, carry_method: bool, size: tuple[int, int], state: State) -> State:
     """The state that one stage has left, ready for the next; the momentum goes on, a new method begins anew."""
-    method = state.method if carry_method else stage.method.init(state.params)
+    method = state.method if carry_method else stage.method.init(state.params, size)
     return state._replace(method=method, begun=state.step)
 
 
@@ -61,7 +70,7 @@ def optimizer(stage: Stage, rate: Any) -> optax.GradientTransformation:
 
 
 def train_step(
-    task: Task, stage: Stage, state: State, batch: Split, held_out: Split | None, counts: jax.Array, epoch: jax.Array
+    task: Task, stage: Stage, state: State, batch: Split, indices: jax.Array, held_out: Split | None, facts: Facts
 ) -> tuple[State, Metrics]:
     """One update.
 
@@ -70,21 +79,24 @@ def train_step(
       stage: its numbers may be traced.
       state: the state before.
       batch: raw inputs and integer labels, shape (B,).
+      indices: where in the training set they are, shape (B,).
       held_out: a balanced batch likewise, for methods that need one.
-      counts: training examples of each class, shape (C,).
-      epoch: steps in an epoch, a scalar.
+      facts: of the training set.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    rate = stage.rate_at(state.step - state.begun, epoch)
-    class_weights = absgd_jax.losses.class_balanced_weights(counts) if stage.class_weights else jnp.ones(counts.shape)
+    rate = stage.rate_at(state.step - state.begun, facts.steps)
+    class_weights = jnp.ones(facts.counts.shape)
+    if stage.class_weights:
+        class_weights = absgd_jax.losses.class_balanced_weights(facts.counts)
 
     def losses(params, batch):
         module = module_of(task, stage.loss, params, state.rest)
         logits = module(batch.inputs, train=True)
-        return _loss_of(stage, logits, batch.labels, counts), nnx.state(module, nnx.Not(nnx.Param))
+        rest = nnx.state(module, nnx.Not(nnx.Param))
+        return _loss_of(stage, logits, batch.labels, facts.counts), Outputs(logits, rest)
 
     inputs, labels = _mixed(stage, _augmented(task, batch, key), key)
-    seen, balanced = Batch(inputs, labels, _of_labels(class_weights, labels)), None
+    seen, balanced = Batch(inputs, labels, _of_labels(class_weights, labels), indices), None
     if held_out is not None:
         inputs, labels = _augmented(task, held_out, jax.random.fold_in(key, 1))
         balanced = Batch(inputs, labels, jnp.ones(labels.shape))
@@ -100,11 +112,12 @@ def train_step(
         risk=info.risk,
         sample_size=absgd_jax.effective_sample_size(info.weights) / info.weights.size,
         largest_weight=jnp.max(info.weights) / jnp.mean(info.weights),
+        weight_of_wrong=jnp.sum(info.weights, where=facts.wrong[indices]) / jnp.sum(info.weights),
         temperature=info.temperature,
         rate=rate,
     )
     params = optax.apply_updates(state.params, updates)
-    return State(params, info.aux, trace, method_state, state.key, state.step + 1, state.begun), metrics
+    return State(params, info.aux.rest, trace, method_state, state.key, state.step + 1, state.begun), metrics
 
 
 def names(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -135,8 +148,6 @@ def _of_labels(of_class: jax.Array, labels: Any) -> jax.Array:
 
 def _loss_of(stage: Stage, logits: jax.Array, labels: Any, counts: jax.Array) -> jax.Array:
     def loss(labels):
-        if stage.label_smoothing:
-            labels = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), stage.label_smoothing)
         return LOSSES[stage.loss](logits, labels, counts)
 
     if isinstance(labels, tuple):

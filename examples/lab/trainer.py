@@ -17,7 +17,7 @@ from examples.lab.config import Run, stack
 from examples.lab.errors import OutOfTimeError
 from examples.lab.input_pipeline import HELD_OUT, STEPS, class_balanced, epoch_key, shuffled, steps_per_epoch, take
 from examples.lab.task import Data, Split, Task
-from examples.lab.train_step import Metrics, State, first_state, take_over, train_step
+from examples.lab.train_step import Facts, Metrics, State, first_state, take_over, train_step
 
 
 class Settings(NamedTuple):
@@ -56,25 +56,29 @@ def folder_of(run: Run, settings: Settings) -> Path:
     return settings.work / plan.key(run)
 
 
-def shape_of(run: Run) -> State:
+def size_of(run: Run, settings: Settings) -> tuple[int, int]:
+    """The number of training examples and of classes."""
+    return len(load(run.task, settings.data_dir).train.labels), run.task.classes
+
+
+def shape_of(run: Run, settings: Settings) -> State:
     """The state that a run leaves, without its numbers."""
-    stage = run.stages[-1]
-    return jax.eval_shape(lambda: first_state(run.task, stage, 0))
+    return jax.eval_shape(lambda: first_state(run.task, run.stages[-1], size_of(run, settings), 0))
 
 
 def left_by(run: Run, settings: Settings) -> tuple[State, list[dict[str, Any]]]:
     """The state that a run has left, and its metrics, epoch by epoch."""
-    return checkpoint.load(folder_of(run, settings), shape_of(run))
+    return checkpoint.load(folder_of(run, settings), shape_of(run, settings))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _steps(task, count, stages, states, i, train, orders, held_out, held_orders, counts, epoch):
+def _steps(task, count, stages, states, i, train, orders, held_out, held_orders, facts):
     """``count`` steps of every run from step ``i`` of the epoch on."""
 
     def one(stage, state, order, held_order):
         def step(state, i):
             held = held_out and take(held_out, held_order[i])
-            return train_step(task, stage, state, take(train, order[i]), held, counts, epoch)
+            return train_step(task, stage, state, take(train, order[i]), order[i], held, facts)
 
         if count == 1:  # on the CPU the gradients of convolutions are 50 times slower in a loop
             state, metrics = step(state, i)
@@ -97,7 +101,8 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
         if manager.latest_step() is None:
             states, done = _begin(members, data, settings), begin
         else:
-            like = jax.eval_shape(lambda: stack([first_state(first.task, stage, 0)] * len(members)))
+            one = shape_of(first, settings)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype), one)
             states, done = checkpoint.restore(manager, like), manager.latest_step()
         lines = checkpoint.read_lines(folder / "metrics.jsonl", done)
         batches = _Batches(first, data, settings)
@@ -127,14 +132,14 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
 
 def _begin(members: Sequence[Run], data: Data, settings: Settings) -> State:
     """The states with which a stage begins: new ones, or what the stage before has left."""
-    begun = []
+    begun, size = [], size_of(members[0], settings)
     for run in members:
         stage = run.stages[-1]
         if run.parent is None:
-            state = jax.jit(first_state, static_argnums=0)(run.task, stage, run.seed)
+            state = jax.jit(first_state, static_argnums=(0, 2))(run.task, stage, size, run.seed)
             begun.append(state._replace(rest=run.task.calibrate(state.rest, data.train)))
         else:
-            begun.append(take_over(stage, plan.carries_method(run), left_by(run.parent, settings)[0]))
+            begun.append(take_over(stage, plan.carries_method(run), size, left_by(run.parent, settings)[0]))
     return stack(begun)
 
 
@@ -144,8 +149,10 @@ class _Batches:
     def __init__(self, run: Run, data: Data, settings: Settings):
         self.task, self.stage = run.task, run.stages[-1]
         self.mesh = jax.make_mesh((settings.devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        self.counts = np.bincount(data.train.labels, minlength=run.task.classes)
-        self.steps = steps_per_epoch(len(data.train.labels), self.stage.batch_size) if self.stage.epochs else 0
+        labels = data.train.labels
+        self.steps = steps_per_epoch(len(labels), self.stage.batch_size) if self.stage.epochs else 0
+        wrong = np.zeros(len(labels), bool) if data.clean is None else data.clean != labels
+        self.facts = self.spread(Facts(np.bincount(labels, minlength=run.task.classes), self.steps, wrong), P())
         self.train = self.spread(Split(*data.train), P())
         self.held_out = self.spread(data.held_out, P()) if self.stage.method.needs_held_out else None
         self.together = 1 if jax.default_backend() == "cpu" else self.steps
@@ -165,7 +172,7 @@ class _Batches:
         orders, held_orders = self.orders(states, STEPS, self.train, balanced=self.stage.balanced_batches), states.step
         if self.held_out is not None:
             held_orders = self.orders(states, HELD_OUT, self.held_out, balanced=True)
-        data, seen = (self.train, orders, self.held_out, held_orders, self.counts, self.steps), []
+        data, seen = (self.train, orders, self.held_out, held_orders, self.facts), []
         for i in range(0, self.steps, self.together):
             states, metrics = _steps(self.task, self.together, stages, states, i, *data)
             seen.append(metrics)

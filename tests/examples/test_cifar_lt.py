@@ -169,7 +169,7 @@ def test_every_row_of_the_tables_is_a_run_of_its_own():
         ({"epochs": 0}, "--epochs 0"),
         ({"begin": 1.5}, "--begin 1.5"),
         ({"trained": "head"}, "--trained head"),
-        ({"label_smoothing": 1.0}, "--label-smoothing 1.0"),
+        ({"second_rate": 0.0}, "--second-rate 0.0"),
         ({"classifier": "crt", "loss": "ldam"}, "--classifier replaces"),
     ],
 )

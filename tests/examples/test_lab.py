@@ -22,8 +22,11 @@ from examples.lab import checkpoint, cli, plan, records, report, trainer
 from examples.lab.config import SGD, Run, Stage, describe, fingerprint
 from examples.lab.errors import OutOfTimeError, UsageError, UserError
 from examples.lab.methods.absgd import Absgd
+from examples.lab.methods.early_learning import EarlyLearning
 from examples.lab.methods.look_ahead import L2rw, Meta
 from examples.lab.methods.recover import Recover
+from examples.lab.methods.robust_losses import RobustLoss
+from examples.lab.methods.small_loss import SmallLoss
 from examples.lab.recipe import METHODS, Recipe
 from tests.examples.toy_experiment import EXPERIMENT, Clouds
 
@@ -71,7 +74,14 @@ WAYS = {
     "L2RW": second(L2rw()),
     "RECOVER": second(Recover(1.0)),
     "balanced batches": second(SGD, balanced_batches=True),
-    "mixup, smoothing": second(SGD, mixup=True, label_smoothing=0.1),
+    "mixup": second(SGD, mixup=True),
+    "GCE": second(RobustLoss("gce", 0.7)),
+    "SCE": second(RobustLoss("sce", 0.1)),
+    "smoothing": second(RobustLoss("smoothing", 0.1)),
+    "forward correction": second(RobustLoss("forward", 0.1)),
+    "RGD": second(RobustLoss("rgd", 1.0)),
+    "small losses": second(SmallLoss(0.7, 2.0)),
+    "ELR": second(EarlyLearning(3.0)),
     "balanced softmax": second(SGD, loss="balanced-softmax"),
     "classifier only": second(SGD, trained="classifier"),
     "no momentum": second(SGD, momentum=0.0),
@@ -112,7 +122,7 @@ def test_momentum_sgd_by_hand(tmp_path):
     )
     run, data = run_of(*stages), Clouds().load(tmp_path)
     (end,) = train([run], settings(tmp_path))
-    state = trainer.first_state(run.task, FIRST, 0)
+    state = trainer.first_state(run.task, FIRST, (200, 2), 0)
     graphdef = nnx.split(run.task.network("ce", nnx.Rngs(0)), nnx.Param, ...)[0]
 
     @jax.jit
@@ -159,14 +169,14 @@ def test_runs_together_are_the_runs_alone(tmp_path):
 
 
 def test_a_batch_over_devices_is_the_batch_on_one(tmp_path):
-    runs = [run_of(FIRST, second(Absgd(1.0))), run_of(FIRST, second(Meta()))]
+    runs = [run_of(FIRST, second(method)) for method in (Absgd(1.0), Meta(), EarlyLearning(3.0), SmallLoss(0.7, 2.0))]
     over = train(runs, settings(tmp_path / "over", devices=8))
     for one, other in zip(over, train(runs, settings(tmp_path / "alone")), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
 
 
 def test_a_run_that_stops_in_every_epoch_ends_like_one_that_does_not(tmp_path):
-    runs = [run_of(FIRST, second(Absgd(kl_radius=0.5))), run_of(FIRST, second(Meta()))]
+    runs = [run_of(FIRST, second(method)) for method in (Absgd(kl_radius=0.5), Meta(), EarlyLearning(3.0))]
     stopped, stops = settings(tmp_path / "stopped", deadline=0.0), 0
     while True:
         try:
@@ -174,7 +184,7 @@ def test_a_run_that_stops_in_every_epoch_ends_like_one_that_does_not(tmp_path):
             break
         except OutOfTimeError:
             stops += 1
-    assert stops == 6
+    assert stops == 8
     straight = settings(tmp_path / "straight")
     for one, other, run in zip(ends, train(runs, straight), runs, strict=True):
         same(one, other)
@@ -308,6 +318,8 @@ def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
         (["--temperature", "1"], "--temperature 1.0 is for absgd"),
         (["--method", "hinge"], "--method hinge: choose from"),
         (["--loss", "cb-hinge"], "--loss cb-hinge: choose from"),
+        (["--parameter", "0", "--method", "gce"], "--parameter 0"),
+        (["--method", "elr"], "needs --parameter"),
         (["--kl-radius", "-1", "--method", "kl-radius"], "--kl-radius -1"),
         (["--fraction", "nan", "--method", "trust"], "--fraction nan"),
         (["--max-weight", "1", "--method", "absgd", "--temperature", "1"], "--max-weight 1"),
@@ -375,5 +387,5 @@ def test_new_fields_change_no_old_description():
 
 def test_methods_are_found_in_their_folder():
     assert {"sgd", "absgd", "trust", "focus", "meta", "l2rw", "recover"} <= set(METHODS)
-    with pytest.raises(UsageError, match="is for trust, focus, not for absgd"):
+    with pytest.raises(UsageError, match="is for trust, focus, forward, small-loss, not for absgd"):
         Recipe(preset="", dataset="", method="absgd", temperature=1.0, fraction=0.5)

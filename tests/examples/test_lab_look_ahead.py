@@ -105,7 +105,7 @@ def assert_weighted(problem, method, jacobian, weights):
     """The method's gradient is that of the mean of the losses with these weights, and it says so."""
     assert method.needs_held_out
     gradient = jax.jit(method.gradient, static_argnums=0)
-    grads, state, info = gradient(problem.losses, problem.params, method.init(problem.params), *problem[2:])
+    grads, state, info = gradient(problem.losses, problem.params, method.init(problem.params, (0, 0)), *problem[2:])
     assert state == ()
     np.testing.assert_allclose(ravel_pytree(grads)[0], jacobian.T @ weights / 6, rtol=1e-9, atol=1e-14)
     np.testing.assert_allclose(info.weights, weights, rtol=1e-9)

@@ -34,7 +34,7 @@ def losses_and_gradients(w, batch):
 
 
 def each(batches):
-    return map(Batch, *batches)
+    return map(Batch, *batches[:3])
 
 
 def flat(params):
@@ -51,7 +51,7 @@ def train(batches, start, method, learning_rate):
         return (params, state), (params, grads, info)
 
     params = {"w": jnp.asarray(start), "b": jnp.zeros((), jnp.asarray(start).dtype)}
-    return jax.lax.scan(body, (params, method.init(params)), jax.tree.map(jnp.asarray, batches))[1]
+    return jax.lax.scan(body, (params, method.init(params, (0, 0))), jax.tree.map(jnp.asarray, batches))[1]
 
 
 def literal(batches, start, lam, a, learning_rate):

@@ -2,17 +2,20 @@
 
 A method is a frozen dataclass registered as a pytree (numbers are leaves) with two functions:
 
-    init(params) -> state
+    init(params, size) -> state
     gradient(losses, params, state, batch, held_out) -> (gradient, state, Info)
 
-``losses(params, batch)`` returns the losses of a :class:`Batch`, one an example and not yet weighted by class, and an
-auxiliary tree. ``held_out`` is a balanced batch of examples that are not trained on; it is None unless
-``needs_held_out``. A method that looks ahead also has ``at_rate(rate)``, itself at the optimizer's learning rate.
+``size`` is the number of training examples and of classes. ``losses(params, batch)`` returns the losses of a
+:class:`Batch`, one an example and not yet weighted by class, and :class:`Outputs`. ``held_out`` is a balanced batch of
+examples that are not trained on; it is None unless ``needs_held_out``. A method that looks ahead also has
+``at_rate(rate)``, itself at the optimizer's learning rate.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Batch(NamedTuple):
@@ -21,6 +24,14 @@ class Batch(NamedTuple):
     inputs: Any
     labels: Any  # shape=(B,); of mixed examples the triple of labels, other labels and the share of the first
     weights: jax.Array  # of their classes, shape=(B,)
+    indices: Any = None  # in the training set, shape=(B,)
+
+
+class Outputs(NamedTuple):
+    """What the network gave beside the losses."""
+
+    logits: jax.Array  # shape=(B, C)
+    rest: Any  # what else it keeps, such as new batch statistics
 
 
 class Info(NamedTuple):
@@ -30,4 +41,24 @@ class Info(NamedTuple):
     weights: jax.Array  # that they were given, relative to each other, shape (B,)
     risk: jax.Array  # the running objective
     temperature: jax.Array  # λ
-    aux: Any  # the losses' auxiliary tree
+    aux: Outputs
+
+
+def gradient_of_mean(objective, losses, params, batch):
+    """The gradient of the mean of a function of the losses, weighted by class, and what is worth logging of it.
+
+    Args:
+      objective: of the losses, shape (B,), and of :class:`Outputs`; one number an example, shape (B,).
+      losses: as methods get them.
+      params: the parameters.
+      batch: a :class:`Batch`.
+    """
+
+    def mean(params):
+        values, aux = losses(params, batch)
+        return jnp.mean(batch.weights * objective(values, aux)), (values, aux)
+
+    (risk, (values, aux)), grads = jax.value_and_grad(mean, has_aux=True)(params)
+    # An example's weight is the derivative by its loss, its logits apart.
+    weights = batch.weights * jax.grad(lambda values: jnp.sum(objective(values, aux)))(values)
+    return grads, Info(batch.weights * values, weights, risk, jnp.float32(math.inf), aux)

@@ -39,7 +39,8 @@ class Absgd:
         gamma: Any = self.gamma if self.log_alpha is None else absgd_jax.adaptive_gamma(self.log_alpha)
         return absgd_jax.scale_by_absgd(temperature, gamma, max_weight=self.max_weight)
 
-    def init(self, params):
+    def init(self, params, size):
+        del size
         return self.transform().init(params)
 
     def gradient(self, losses, params, state, batch, held_out):

@@ -9,13 +9,12 @@ of the held-out loss in ε is, exactly, a derivative of the losses along one dir
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from examples.lab.methods import Info
+from examples.lab.methods import gradient_of_mean
 
 
 def example_gradient(losses_of, params, held_out_loss, weights, rate):
@@ -54,12 +53,7 @@ def _along(losses, pull, direction):
 
 
 def _weighted_gradient(losses, weights, params, batch):
-    def mean(params):
-        values, aux = losses(params, batch)
-        return jnp.mean(weights * values), (values, aux)
-
-    grads, (values, aux) = jax.grad(mean, has_aux=True)(params)
-    info = Info(weights * values, weights, jnp.mean(weights * values), jnp.float32(math.inf), aux)
+    grads, info = gradient_of_mean(lambda values, _: values, losses, params, batch._replace(weights=weights))
     return grads, (), info
 
 
@@ -86,8 +80,8 @@ class Meta:
         """The method with the optimizer's learning rate."""
         return dataclasses.replace(self, rate=rate)
 
-    def init(self, params):
-        del params
+    def init(self, params, size):
+        del params, size
         return ()
 
     def gradient(self, losses, params, state, batch, held_out):
@@ -113,8 +107,8 @@ class L2rw:
         del rate
         return self
 
-    def init(self, params):
-        del params
+    def init(self, params, size):
+        del params, size
         return ()
 
     def gradient(self, losses, params, state, batch, held_out):

@@ -56,7 +56,8 @@ class Recover:
 
     needs_held_out = False
 
-    def init(self, params):
+    def init(self, params, size):
+        del size
         dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
         return RecoverState(
             params_before=jax.tree.map(jnp.copy, params),  # each field is an array of its own: the state can be donated
