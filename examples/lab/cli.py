@@ -13,7 +13,7 @@ from rich.console import Console
 
 from examples.lab import records, report, trainer
 from examples.lab.errors import UsageError, UserError, exit_code
-from examples.lab.experiment import Experiment
+from examples.lab.experiment import Experiment, rivals, tuned, with_seeds
 from examples.lab.recipe import Recipe
 
 
@@ -37,16 +37,20 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Trains all runs of some tables; what is done is not done twice."""
+    """Trains all rows of some tables; what is done is not done twice.
+
+    Of rows that differ in a strength alone, each is trained once on a part of the training set; the one that is best on
+    the rest is trained on all of it with every seed.
+    """
 
     preset: str
     """The network, the schedule and the size of the data."""
     tables: tuple[str, ...] = ()
-    """Tables, by default all."""
+    """Tables, by default all that the dataset has."""
     datasets: tuple[str, ...] = ()
     """Datasets, by default that of the preset."""
     methods: tuple[str, ...] = ()
-    """Only these methods, by their names in the tables."""
+    """Only these methods, by their names in the records."""
     losses: tuple[str, ...] = ()
     """Only these losses."""
     seeds: int = 3
@@ -72,7 +76,9 @@ def train(experiment: Experiment, arguments: Sequence[str]) -> None:
         tyro.conf.OmitArgPrefixes[tuple[type(default), Machine]], default=(default, Machine()), args=list(arguments)
     )
     recipe, machine = parsed
-    (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results")
+    deadline = time.monotonic() + 60 * machine.max_minutes
+    (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results", deadline)
+    _check_finite([path])
     Console().print(f"{recipe.name}: {records.summary(path)}; see {path}")
 
 
@@ -80,27 +86,34 @@ def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:
     """Some tables, run by run."""
     default = (Sweep(next(iter(experiment.presets))), Machine())
     chosen, machine = tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Sweep, Machine]], default=default, args=list(arguments))
-    experiment.check(chosen.preset, chosen.tables)
     if chosen.seeds < 1:
         raise UsageError(f"--seeds {chosen.seeds}: at least 1 is needed.")
-    recipes: dict[Recipe, None] = {}
-    for dataset in chosen.datasets or (experiment.presets[chosen.preset].dataset,):
-        for table in chosen.tables or experiment.tables:
-            recipes |= dict.fromkeys(experiment.recipes(chosen.preset, table, dataset, range(chosen.seeds)))
-    wanted = list(recipes)
+    rows = [r for d in chosen.datasets or (None,) for r in experiment.recipes(chosen.preset, d, chosen.tables)]
     for name, kept, of in (("methods", chosen.methods, lambda r: r.title), ("losses", chosen.losses, lambda r: r.loss)):
-        known = {of(recipe) for recipe in recipes}
+        known = {of(row) for row in rows}
         if unknown := set(kept) - known:
             raise UsageError(f"--{name} {' '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}.")
-        wanted = [recipe for recipe in wanted if not kept or of(recipe) in kept]
-    paths = _train(experiment, wanted, machine, machine.out or experiment.folder / "results")
+        rows = [row for row in rows if not kept or of(row) in kept]
+    families = rivals(rows)
+    choosing = [tuned(row) for family in families if len(family) > 1 for row in family]
+    choosing += [run for row in rows if row.validation for run in with_seeds(row, chosen.seeds)]
+    results, deadline = machine.out or experiment.folder / "results", time.monotonic() + 60 * machine.max_minutes
+    paths = _train(experiment, choosing, machine, results, deadline)
+
+    def validated(row):
+        return records.read(experiment.path(tuned(row), results))["validation_accuracy"]
+
+    best = [max(family, key=validated) if len(family) > 1 else family[0] for family in families]
+    paths += _train(experiment, [r for row in best for r in with_seeds(row, chosen.seeds)], machine, results, deadline)
+    _check_finite(paths)
     Console().print(f"{len(paths)} runs. See: python -m examples.{experiment.name} report {paths[0].parents[1]}")
 
 
-def _train(experiment: Experiment, recipes: Sequence[Recipe], machine: Machine, results: Path) -> list[Path]:
+def _train(
+    experiment: Experiment, recipes: Sequence[Recipe], machine: Machine, results: Path, deadline: float
+) -> list[Path]:
     """Trains what has no record yet, and writes records as runs finish."""
     console, paths = Console(), {recipe: experiment.path(recipe, results) for recipe in recipes}
-    deadline = time.monotonic() + 60 * machine.max_minutes
     for dataset in dict.fromkeys((recipe.preset, recipe.dataset, recipe.validation) for recipe in recipes):
         part = {recipe: experiment.make_run(recipe) for recipe in recipes if _where(recipe) == dataset}
         todo = {recipe: run for recipe, run in part.items() if not records.is_done(paths[recipe], recipe, run)}
@@ -114,9 +127,12 @@ def _train(experiment: Experiment, recipes: Sequence[Recipe], machine: Machine, 
                 records.write(paths[recipe], content)
 
         trainer.train(list(dict.fromkeys(todo.values())), settings, console, finished)
-    if broken := [str(path) for path in paths.values() if records.diverged(path)]:
-        raise UserError(f"The loss was not finite in {', '.join(broken)}: lower the rate, or bound the weights.")
     return list(paths.values())
+
+
+def _check_finite(paths: Sequence[Path]) -> None:
+    if broken := [str(path) for path in paths if records.diverged(path)]:
+        raise UserError(f"The loss was not finite in {', '.join(broken)}: lower the rate, or bound the weights.")
 
 
 def _where(recipe: Recipe) -> tuple:

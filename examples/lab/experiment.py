@@ -1,8 +1,9 @@
-"""What makes a folder of examples/ an experiment."""
+"""What makes a folder of examples/ an experiment, and which runs its tables ask for."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ class Experiment:
 
     folder: Path  # with paper.json, README.md and results/
     presets: Mapping[str, Recipe]  # the defaults of each
-    tables: dict[str, list[dict[str, Any]]]  # a table is a list of changes to a preset
+    tables: Callable[
+        [str], Mapping[str, list[dict[str, Any]]]
+    ]  # of a dataset; a table is a list of changes to a preset
     make_run: Callable[[Any], Run]  # of a recipe of its own type
-    evaluate_every: dict[str, int]  # epochs, for each preset
-    tables_of: Callable[[str], Sequence[str]]  # the tables that belong to a dataset
+    evaluate_every: Mapping[str, int]  # epochs, for each preset
 
     @property
     def name(self) -> str:
@@ -34,14 +36,18 @@ class Experiment:
         path = self.folder / "paper.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def recipes(self, preset: str, table: str, dataset: str, seeds: Sequence[int]) -> Iterator[Recipe]:
-        """The runs of a table on a dataset, and those by which strengths are chosen, which have seeds of their own."""
-        for changes in self.tables[table]:
-            base = dataclasses.replace(self.presets[preset], dataset=dataset, **changes)
-            for seed in seeds:
-                yield dataclasses.replace(base, seed=seed + TUNING_SEED if base.validation else seed)
-            if base.strength and not base.validation:
-                yield dataclasses.replace(base, seed=TUNING_SEED, validation=TUNING_VALIDATION)
+    def recipes(self, preset: str, dataset: str | None = None, tables: Collection[str] = ()) -> list[Recipe]:
+        """The rows of some tables of a dataset, each once; by default of all its tables, and the preset's dataset."""
+        if preset not in self.presets:
+            raise UsageError(f"--preset {preset}: choose from {', '.join(self.presets)}.")
+        base = self.presets[preset]
+        base = base if dataset is None else dataclasses.replace(base, dataset=dataset)
+        known = self.tables(base.dataset)
+        for table in tables:
+            if table not in known:
+                raise UsageError(f"--tables {table}: {base.dataset} has {', '.join(known)}.")
+        rows = itertools.chain.from_iterable(known[table] for table in tables or known)
+        return list(dict.fromkeys(dataclasses.replace(base, **changes) for changes in rows))
 
     def path(self, recipe: Recipe, results: Path) -> Path:
         return results / recipe.preset / recipe.dataset / f"{recipe.name}.json"
@@ -53,7 +59,22 @@ class Experiment:
         flags = [f"--{k.replace('_', '-')}" + (f" {v}" if v is not True else "") for k, v in changed.items()]
         return " ".join([f"python -m examples.{self.name} train --preset", recipe.preset, *flags])
 
-    def check(self, preset: str, tables: Sequence[str]) -> None:
-        for given, known in [(preset, self.presets), *((table, self.tables) for table in tables)]:
-            if given not in known:
-                raise UsageError(f"{given!r}: choose from {', '.join(known)}.")
+
+def rivals(rows: Iterable[Recipe]) -> list[list[Recipe]]:
+    """The rows that differ in nothing but a strength, of which validation chooses one."""
+    families: dict[tuple[str, ...], list[Recipe]] = {}
+    for row in rows:
+        if not row.validation:
+            families.setdefault((row.dataset, row.title, row.loss), []).append(row)
+    return list(families.values())
+
+
+def tuned(row: Recipe) -> Recipe:
+    """The run by which a strength is chosen; its seed is used for nothing else."""
+    return dataclasses.replace(row, seed=TUNING_SEED, validation=TUNING_VALIDATION)
+
+
+def with_seeds(row: Recipe, seeds: int) -> list[Recipe]:
+    """A row's runs; those that hold something out have seeds for choosing."""
+    first = TUNING_SEED if row.validation else 0
+    return [dataclasses.replace(row, seed=first + seed) for seed in range(seeds)]

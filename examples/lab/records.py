@@ -43,7 +43,10 @@ def record(experiment: str, recipe: Recipe, run: Run, settings: trainer.Settings
         "dataset": recipe.dataset,
         "method": recipe.title,
         "loss": recipe.loss,
-        **{name: getattr(recipe, name) for name in ("temperature", "kl_radius", "fraction", "max_weight", "gamma")},
+        **{
+            name: getattr(recipe, name)
+            for name in ("temperature", "kl_radius", "fraction", "parameter", "max_weight", "gamma")
+        },
         "seed": recipe.seed,
         "accuracy": last["test_accuracy"],
         "balanced_accuracy": float(np.nanmean(per_class)),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import pytest
 from flax import nnx
 
 from examples.cifar_lt.augment import crop_and_flip, normalise, pad
-from examples.cifar_lt.experiment import EXPERIMENT, PRESETS, TABLES, CifarRecipe, make_run
+from examples.cifar_lt.experiment import EXPERIMENT, PRESETS, CifarRecipe, make_run
 from examples.cifar_lt.models import ResNet, Shallow, max_pool, whitening_kernel
 from examples.cifar_lt.task import Cifar
 from examples.lab import cli, records
 from examples.lab.errors import UsageError
+from examples.lab.experiment import tuned, with_seeds
 from examples.lab.methods.absgd import Absgd
 from tests.examples.cifar_files import write_cifar10
 
@@ -146,13 +148,25 @@ def test_one_run_end_to_end(cifar10, tmp_path, capsys):
     assert "test accuracy" in capsys.readouterr().out
 
 
-def test_every_row_of_the_tables_is_a_run_of_its_own():
+@pytest.mark.parametrize(
+    ("dataset", "right"),
+    [
+        ("cifar10-lt-100", None),
+        ("cifar100-st-10", None),
+        ("cifar10-lt-1-sym0.4", 0.6),
+        ("cifar10-lt-1-asym0.4", 0.8),
+        ("cifar100-lt-1-asym0.4", 0.6),
+        ("cifar10-lt-1-worse", 0.6),
+    ],
+)
+def test_every_row_of_the_tables_is_a_run_of_its_own(dataset, right):
     for preset in PRESETS:
-        for table in TABLES:
-            recipes = list(EXPERIMENT.recipes(preset, table, "cifar10-lt-100", range(2)))
-            assert len(set(recipes)) == len(recipes)
-            assert len({recipe.name for recipe in recipes}) == len(recipes), (preset, table)
-            assert len({make_run(recipe) for recipe in recipes}) == len(recipes)
+        rows = EXPERIMENT.recipes(preset, dataset)
+        recipes = {run for row in rows for run in [tuned(row), *with_seeds(row, 2)]}
+        assert len({EXPERIMENT.path(recipe, Path()) for recipe in recipes}) == len(recipes)
+        assert len({make_run(recipe) for recipe in recipes}) == len(recipes)
+        told = {recipe.fraction for recipe in recipes if recipe.method == "forward"}
+        assert told == (set() if right is None else {right})
 
 
 @pytest.mark.parametrize(

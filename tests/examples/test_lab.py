@@ -231,7 +231,7 @@ def test_killed_runs_go_on_and_a_second_process_is_kept_out(tmp_path):
     )
     assert once.returncode == 0
     files = sorted(path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/tiny/clouds/*.json"))
-    assert len(files) == 6  # SGD with two losses, and two strengths that have another run each to be chosen by
+    assert len(files) == 5  # SGD with two losses, two runs to choose a strength by, and the run with it
     for name in files:
         two = [records.read(tmp_path / folder / name) for folder in ("out", "once")]
         for record in two:
@@ -248,11 +248,13 @@ def swept(tmp_path_factory):
 
 
 def test_a_record_says_what_was_asked_for_and_what_came_out(swept):
-    record = records.read(swept / "out/tiny/clouds/absgd-ce-t5-s1.json")
+    (path,) = swept.glob("out/tiny/clouds/absgd-ce-t*-s1.json")
+    record, chosen = records.read(path), float(path.name.split("-")[2][1:])
     assert {
-        "experiment": "toy", "preset": "tiny", "dataset": "clouds", "method": "absgd", "loss": "ce", "temperature": 5.0,
+        "experiment": "toy", "preset": "tiny", "dataset": "clouds", "method": "absgd", "loss": "ce",
+        "temperature": chosen,
         "kl_radius": None, "max_weight": "inf", "gamma": 0.9, "seed": 1, "class_counts": [180, 20], "diverged": False,
-        "command": "python -m examples.toy train --preset tiny --method absgd --temperature 5.0 --seed 1",
+        "command": f"python -m examples.toy train --preset tiny --method absgd --temperature {chosen} --seed 1",
     }.items() <= record.items()  # fmt: skip
     assert record["balanced_accuracy"] == pytest.approx(np.mean(record["per_class"]))
     assert record["accuracy"] == pytest.approx(record["balanced_accuracy"])  # of a balanced test set
@@ -285,8 +287,11 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
 def test_a_method_that_was_not_run_says_so(swept, tmp_path):
     kept = tmp_path / "tiny" / "clouds"
     kept.mkdir(parents=True)
-    for name in ("sgd-ce-s0", "absgd-ce-t1-s0", "absgd-ce-t5-s0"):
+    names = ["sgd-ce-s0", *(path.stem for path in swept.glob("out/tiny/clouds/absgd-ce-t*-s0.json"))]
+    for name in names:
         (kept / f"{name}.json").write_text((swept / f"out/tiny/clouds/{name}.json").read_text())
+    another = records.read(kept / f"{names[1]}.json") | {"temperature": 50.0}  # and no validation to choose by
+    records.write(kept / "absgd-ce-t50-s0.json", another)
     report.report(EXPERIMENT, [tmp_path / "tiny"])
     text = (kept / "table.md").read_text()
     assert "not chosen" in next(line for line in text.splitlines() if line.startswith("| ABSGD"))
