@@ -4,35 +4,34 @@ python -m benchmarks.report
 """
 
 import importlib
+import pkgutil
 from pathlib import Path
 
 from benchmarks.harness.records import RESULTS, read
 from examples.readme import fill
 
 README = Path(__file__).parent / "README.md"
-BENCHMARKS = {
-    "step_cost": "Cost of a step",
-    "microbatch": "Micro-batches and devices",
-    "kl_dro": "Optimising the objective",
-    "theorem1": "Theorem 1",
-    "safety": "Numerical safety",
-    "published_package": "Against the published package",
-    "scaling": "Scaling",
-}
 
 
-def section(name: str, title: str) -> str:
+def names() -> list[str]:
+    """The benchmarks: all modules of this folder but this one."""
+    found = pkgutil.iter_modules([str(README.parent)])
+    return [module.name for module in found if not module.ispkg and module.name != "report"]
+
+
+def section(name: str) -> str:
     """The question, the table, the plot and how they were made."""
-    parts, records = [f"### {title}"], read(name)
+    records = read(name)
     if not records:
-        return "\n\n".join([*parts, f"Not run: `python -m benchmarks.{name}`."])
+        return f"### {name}\n\nNot run: `python -m benchmarks.{name}`."
     module, one = importlib.import_module(f"benchmarks.{name}"), records[0]
     versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
-    parts += [(module.__doc__ or "").splitlines()[0], module.markdown(records)]
+    question, mark, rest = (module.__doc__ or "").splitlines()[0].partition("?")
+    parts = [f"### {question}{mark}", rest.strip(), module.markdown(records)]
     if (RESULTS / f"{name}.png").exists():
-        parts.append(f"![{title}](results/{name}.png)")
+        parts.append(f"![{name}](results/{name}.png)")
     return "\n\n".join([*parts, f"`{one['command']}` on {one['hardware']}; {versions}."])
 
 
 if __name__ == "__main__":
-    fill(README, "\n\n".join(section(name, title) for name, title in BENCHMARKS.items()))
+    fill(README, "\n\n".join(map(section, names())))
