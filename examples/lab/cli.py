@@ -1,4 +1,4 @@
-"""The commands of an experiment: ``python -m examples.<experiment> train | sweep | report``."""
+"""The commands of an experiment: ``python -m examples.<experiment> train | sweep | search | report``."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from examples.lab import records, report, trainer
+from examples.lab import records, report, search, trainer
 from examples.lab.errors import UsageError, UserError, exit_code
 from examples.lab.experiment import Experiment, rivals, tuned, with_seeds
 from examples.lab.recipe import Recipe
@@ -60,7 +60,7 @@ class Sweep:
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    commands = {"train": train, "sweep": sweep, "report": write_report}
+    commands = {"train": train, "sweep": sweep, "search": run_search, "report": write_report}
     if command not in commands:
         print(f"usage: python -m examples.{experiment.name} {{{','.join(commands)}}} [--help]", file=sys.stderr)
         return 0 if command in ("-h", "--help") else 2
@@ -107,6 +107,25 @@ def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:
     paths += _train(experiment, [r for row in best for r in with_seeds(row, chosen.seeds)], machine, results, deadline)
     _check_finite(paths)
     Console().print(f"{len(paths)} runs. See: python -m examples.{experiment.name} report {paths[0].parents[1]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Trains what the space.json of a folder registers, chooses by validation and confirms with fresh seeds."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of space.json and of the results."""
+
+
+def run_search(experiment: Experiment, arguments: Sequence[str]) -> None:
+    """A registered search."""
+    chosen, machine = tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Search, Machine]], args=list(arguments))
+    if machine.out is not None:
+        raise UsageError(f"--out {machine.out}: the results of a search are in its folder, {chosen.folder}.")
+    deadline = time.monotonic() + 60 * machine.max_minutes
+
+    train_all = lambda recipes: _train(experiment, recipes, machine, chosen.folder, deadline)  # noqa: E731
+    Console().print(search.search(experiment, chosen.folder, train_all), soft_wrap=True)
 
 
 def _train(

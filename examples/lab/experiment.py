@@ -36,12 +36,16 @@ class Experiment:
         path = self.folder / "paper.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def recipes(self, preset: str, dataset: str | None = None, tables: Collection[str] = ()) -> list[Recipe]:
-        """The rows of some tables of a dataset, each once; by default of all its tables, and the preset's dataset."""
+    def base(self, preset: str, dataset: str | None = None) -> Recipe:
+        """The defaults of a preset, on another dataset if one is named."""
         if preset not in self.presets:
             raise UsageError(f"--preset {preset}: choose from {', '.join(self.presets)}.")
-        base = self.presets[preset]
-        base = base if dataset is None else dataclasses.replace(base, dataset=dataset)
+        default = self.presets[preset]
+        return default if dataset is None else dataclasses.replace(default, dataset=dataset)
+
+    def recipes(self, preset: str, dataset: str | None = None, tables: Collection[str] = ()) -> list[Recipe]:
+        """The rows of some tables of a dataset, each once; by default of all its tables, and the preset's dataset."""
+        base = self.base(preset, dataset)
         known = self.tables(base.dataset)
         for table in tables:
             if table not in known:

@@ -13,7 +13,19 @@ from examples.lab.config import Run, fingerprint
 
 PACKAGES = ("absgd_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 SOURCES = Path(__file__).parents[2]
-ASKING = ("cli", "experiment", "errors", "figures", "files", "recipe", "records", "report", "style", "__main__")
+ASKING = (
+    "cli",
+    "experiment",
+    "errors",
+    "figures",
+    "files",
+    "recipe",
+    "records",
+    "report",
+    "search",
+    "style",
+    "__main__",
+)
 
 
 def _checksum(folder: Path) -> str:

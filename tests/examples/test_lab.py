@@ -362,6 +362,52 @@ def test_unknown_commands_tables_and_methods(capsys):
     assert "adam: choose from absgd" in capsys.readouterr().err
 
 
+@pytest.fixture
+def space(tmp_path):
+    rows = [{"method": "absgd", "temperature": t} for t in (1.0, 5.0)]
+    content = {
+        "preset": "tiny", "dataset": "clouds", "baseline": {}, "candidates": [*rows, {"loss": "cb-ce"}],
+        "choosing_seeds": 2, "confirmed": 1, "confirming_seeds": [100, 101, 102],
+    }  # fmt: skip
+    (tmp_path / "space.json").write_text(json.dumps(content))
+    return content
+
+
+def test_a_search_confirms_what_validation_chose(space, tmp_path, capsys):
+    assert cli.main(EXPERIMENT, ["search", str(tmp_path), "--work", str(tmp_path / "work")]) == 0
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["space"] == space
+    baseline, *candidates = found["result"]
+    read = lambda name: records.read(tmp_path / f"tiny/clouds/{name}.json")  # noqa: E731
+    for line in found["result"]:
+        of_record = [read(f"{line['recipe']}-s{seed}")["validation_accuracy"] for seed in (1000, 1001)]
+        assert line["validation"] == of_record
+    (best,) = [line for line in candidates if "test" in line]
+    assert sum(best["validation"]) == max(sum(line["validation"]) for line in candidates)
+    pairs = [(read(f"{best['recipe']}-s{s}"), read(f"sgd-ce-s{s}")) for s in (100, 101, 102)]
+    gains = np.array([one["accuracy"] - other["accuracy"] for one, other in pairs])
+    np.testing.assert_allclose(best["difference"], gains)
+    assert baseline["difference"] == [0, 0, 0]
+    half = 4.302652729696144 * gains.std(ddof=1) / 3**0.5  # Student's t for 2 degrees of freedom
+    text = capsys.readouterr().out
+    assert f"{gains.mean() - half:+.2f} to {gains.mean() + half:+.2f}" in text
+    assert text.count("not confirmed") == 2
+    assert (tmp_path / "result.md").read_text().strip() in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"preset": "x"}, {"confirming_seeds": [1]}, {"choosing_seeds": 0}, {"candidates": [{"lambda": 1}]}, {"extra": 1}],
+)
+def test_a_space_that_cannot_be_searched(space, change, tmp_path, capsys):
+    (tmp_path / "space.json").write_text(json.dumps(space | change))
+    assert cli.main(EXPERIMENT, ["search", str(tmp_path), "--work", str(tmp_path / "work")]) in (1, 2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert str(next(iter(change))) in line or str(tmp_path) in line
+    (tmp_path / "space.json").unlink()
+    assert cli.main(EXPERIMENT, ["search", str(tmp_path)]) == 1
+
+
 def test_states_are_restored_by_name(tmp_path):
     with checkpoint.open_manager(tmp_path) as manager:
         checkpoint.save(manager, 0, {"a": jnp.zeros(2), "b": jnp.ones(2)})
