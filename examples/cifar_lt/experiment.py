@@ -78,7 +78,10 @@ class CifarRecipe(Recipe):
                 self.test_per_class is None or 1 <= self.test_per_class <= 1000
             ),
             "--classifier replaces a linear classifier, and LDAM's is none": self.classifier is None
-            or self.loss.removeprefix("cb-") not in NEEDS_COSINES,
+            or self.losses[1] not in NEEDS_COSINES,
+            f"--loss {self.loss}: its classifier is another than that of cross entropy": (
+                (self.losses[0] in NEEDS_COSINES) == (self.losses[1] in NEEDS_COSINES)
+            ),
         }
 
 
@@ -94,9 +97,11 @@ def make_run(recipe: CifarRecipe) -> Run:
         "mixup": recipe.mixup,
         "balanced_batches": recipe.balanced_batches,
     }
-    first = {"loss": recipe.loss.removeprefix("cb-"), "method": SGD} | shared
+    first_loss, second_loss = recipe.losses
+    first = {"loss": first_loss, "method": SGD} | shared
     second = first | {
         "method": recipe.make_method(),
+        "loss": second_loss,
         "class_weights": recipe.loss.startswith("cb-"),
         "trained": recipe.trained,
     }
@@ -107,7 +112,7 @@ def make_run(recipe: CifarRecipe) -> Run:
         stages.append(Stage(epochs=epochs, rate=rates, **(first if done < turn else second)))
         done += epochs
     if recipe.classifier is not None:
-        stages.append(Stage(classifier=recipe.classifier, loss=first["loss"]))
+        stages.append(Stage(classifier=recipe.classifier, loss=second_loss))
     task = Cifar(
         dataset=recipe.dataset,
         network_name=recipe.network,
@@ -150,7 +155,7 @@ def _cut(parts, turn: int, by_epoch: bool):
         begin += epochs
 
 
-LOSSES = ("ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "balanced-softmax")
+LOSSES = ("ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "deferred-balanced-softmax")
 TEMPERATURES = (0.1, 1.0, 5.0, 10.0, 50.0)
 RADII = (0.05, 0.1, 0.3, 1.0)
 ABSGD = [{"method": "absgd", "temperature": t} for t in TEMPERATURES]
@@ -171,12 +176,12 @@ LONG_TAIL = {
         {"method": "term", "temperature": 1.0},
         {"method": "adaptive-gamma", "temperature": 1.0, "log_alpha": -1.0},
         *({"method": "kl-radius", "kl_radius": r, "loss": loss} for loss in ("ce", "cb-ce") for r in RADII),
-        *({"loss": loss, **changes} for loss in ("ce", "cb-ce", "balanced-softmax") for changes in BOUNDED),
+        *({"loss": loss, **changes} for loss in ("ce", "cb-ce", "deferred-balanced-softmax") for changes in BOUNDED),
         *({"classifier": name} for name in ("ncm", "crt", "tau-norm", "lws")),
         {"momentum": 0.0},
         {"momentum": 0.0, "method": "absgd", "temperature": 1.0},
         {"begin": 0.0, "method": "absgd", "temperature": 1.0},
-        *({"loss": "balanced-softmax", **changes} for changes in ({}, *ABSGD)),
+        *({"loss": "deferred-balanced-softmax", **changes} for changes in ({}, *ABSGD)),
     ],
     # Where the second stage breaks: λ, the bound on the weights, and the learning rate, on the runs to choose by.
     "bounds": [
@@ -187,7 +192,7 @@ LONG_TAIL = {
             *(
                 {"method": "absgd", "temperature": t, "max_weight": c}
                 for t in (0.5, 1.0, 2.0, 5.0, 10.0)
-                for c in (math.inf, 10.0, 3.0)
+                for c in (math.inf, 3.0)
             ),
         )
     ],

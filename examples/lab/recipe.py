@@ -41,7 +41,8 @@ class Recipe:
     method: str = "sgd"
     """What weights the examples in the second stage."""
     loss: str = "ce"
-    """The per-example loss. With the prefix cb- losses are weighted by class in the second stage."""
+    """The per-example loss. The prefix cb- weights it by class in the second stage; deferred- is cross entropy in the
+    first."""
     temperature: float = math.inf
     """λ of the second stage, in units of loss. inf is SGD."""
     kl_radius: float | None = None
@@ -70,7 +71,7 @@ class Recipe:
     def __post_init__(self):
         for name, value, known in (
             ("method", self.method, METHODS),
-            ("loss", self.loss.removeprefix("cb-"), LOSSES),
+            ("loss", self.losses[1], LOSSES),
             ("classifier", self.classifier, (None, *CLASSIFIERS)),
         ):
             if value not in known:
@@ -102,6 +103,12 @@ class Recipe:
             f"--seed {self.seed}: it must be from 0 to 2147483647": 0 <= self.seed < 2**31,
             f"--subset-seed {self.subset_seed}: it must be from 0 to 2147483647": 0 <= self.subset_seed < 2**31,
         }
+
+    @property
+    def losses(self) -> tuple[str, str]:
+        """Of the first and of the second stage, without class weights."""
+        plain = self.loss.removeprefix("cb-").removeprefix("deferred-")
+        return ("ce" if self.loss.startswith("deferred-") else plain), plain
 
     @property
     def strength(self) -> str:
