@@ -1,4 +1,4 @@
-"""The commands of an experiment: ``python -m examples.<experiment> train | sweep | search | report``."""
+"""The commands of an experiment: ``python -m examples.<experiment> train | sweep | search | profile | report``."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from examples.lab import records, report, search, trainer
+from examples.lab import profile, records, report, search, trainer
 from examples.lab.errors import UsageError, UserError, exit_code
 from examples.lab.experiment import Experiment, rivals, tuned, with_seeds
 from examples.lab.recipe import Recipe
@@ -60,7 +60,7 @@ class Sweep:
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    commands = {"train": train, "sweep": sweep, "search": run_search, "report": write_report}
+    commands = {"train": train, "sweep": sweep, "search": run_search, "profile": run_profile, "report": write_report}
     if command not in commands:
         print(f"usage: python -m examples.{experiment.name} {{{','.join(commands)}}} [--help]", file=sys.stderr)
         return 0 if command in ("-h", "--help") else 2
@@ -69,17 +69,28 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
 
 def train(experiment: Experiment, arguments: Sequence[str]) -> None:
     """One run, from the command line to its record."""
-    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    presets.add_argument("--preset", choices=list(experiment.presets), default=next(iter(experiment.presets)))
-    default = experiment.presets[presets.parse_known_args(arguments)[0].preset]
-    parsed = tyro.cli(
-        tyro.conf.OmitArgPrefixes[tuple[type(default), Machine]], default=(default, Machine()), args=list(arguments)
-    )
-    recipe, machine = parsed
+    recipe, machine = _one_run(experiment, arguments)
     deadline = time.monotonic() + 60 * machine.max_minutes
     (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results", deadline)
     _check_finite([path])
     Console().print(f"{recipe.name}: {records.summary(path)}; see {path}")
+
+
+def run_profile(experiment: Experiment, arguments: Sequence[str]) -> None:
+    """Where the time of a step of a run would go."""
+    recipe, machine = _one_run(experiment, arguments)
+    settings = trainer.Settings(machine.data_dir, machine.work, 1)
+    Console().print(profile.profile(experiment.make_run(recipe), settings), soft_wrap=True)
+
+
+def _one_run(experiment: Experiment, arguments: Sequence[str]) -> tuple[Recipe, Machine]:
+    """What the options of one run say; the defaults are those of its preset."""
+    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    presets.add_argument("--preset", choices=list(experiment.presets), default=next(iter(experiment.presets)))
+    default = experiment.presets[presets.parse_known_args(arguments)[0].preset]
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[tuple[type(default), Machine]], default=(default, Machine()), args=list(arguments)
+    )
 
 
 def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:

@@ -88,17 +88,11 @@ def train_step(
     class_weights = jnp.ones(facts.counts.shape)
     if stage.class_weights:
         class_weights = absgd_jax.losses.class_balanced_weights(facts.counts)
-
-    def losses(params, batch):
-        module = module_of(task, stage.loss, params, state.rest)
-        logits = module(batch.inputs, train=True)
-        rest = nnx.state(module, nnx.Not(nnx.Param))
-        return _loss_of(stage, logits, batch.labels, facts.counts), Outputs(logits, rest)
-
-    inputs, labels = _mixed(stage, _augmented(task, batch, key), key)
+    losses = losses_of(task, stage, state.rest, facts.counts)
+    inputs, labels = _mixed(stage, augmented(task, batch, key), key)
     seen, balanced = Batch(inputs, labels, _of_labels(class_weights, labels), indices), None
     if held_out is not None:
-        inputs, labels = _augmented(task, held_out, jax.random.fold_in(key, 1))
+        inputs, labels = augmented(task, held_out, jax.random.fold_in(key, 1))
         balanced = Batch(inputs, labels, jnp.ones(labels.shape))
     method = stage.method if not stage.method.needs_held_out else stage.method.at_rate(rate)
     grads, method_state, info = method.gradient(losses, state.params, state.method, seen, balanced)
@@ -125,7 +119,20 @@ def names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def _augmented(task: Task, batch: Split, key: jax.Array) -> Split:
+def losses_of(task: Task, stage: Stage, rest: Any, counts: jax.Array):
+    """The losses of a batch as methods get them: see methods/."""
+
+    def losses(params, batch):
+        module = module_of(task, stage.loss, params, rest)
+        logits = module(batch.inputs, train=True)
+        after = nnx.state(module, nnx.Not(nnx.Param))
+        return _loss_of(stage, logits, batch.labels, counts), Outputs(logits, after)
+
+    return losses
+
+
+def augmented(task: Task, batch: Split, key: jax.Array) -> Split:
+    """Raw examples as the network sees them in training."""
     return Split(task.prepare(task.augment(batch.inputs, key)), batch.labels)
 
 

@@ -408,6 +408,16 @@ def test_a_space_that_cannot_be_searched(space, change, tmp_path, capsys):
     assert cli.main(EXPERIMENT, ["search", str(tmp_path)]) == 1
 
 
+@pytest.mark.parametrize("method", [[], ["--method", "absgd", "--temperature", "1"], ["--method", "meta"]])
+def test_the_parts_of_a_step(method, capsys):
+    assert cli.main(EXPERIMENT, ["profile", *method]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == ["batch", "and losses", "and gradient of their mean", "whole step"]
+    assert all(float(row[1]) >= 0 for row in rows[2:])
+    assert "product of matrices" in lines[-1]
+
+
 def test_states_are_restored_by_name(tmp_path):
     with checkpoint.open_manager(tmp_path) as manager:
         checkpoint.save(manager, 0, {"a": jnp.zeros(2), "b": jnp.ones(2)})

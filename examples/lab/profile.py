@@ -1,0 +1,78 @@
+"""Where the time of a step goes: ``python -m examples.<experiment> profile``, with the options of ``train``."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from examples.lab import trainer
+from examples.lab.config import Run
+from examples.lab.methods import Batch
+from examples.lab.task import Split
+from examples.lab.train_step import Facts, augmented, first_state, losses_of, train_step
+
+ROUNDS, SIZE = 20, 1024
+
+
+def profile(run: Run, settings: trainer.Settings) -> str:
+    """The parts of a step of the last stage that trains, on the first batch of the data, as a table in Markdown.
+
+    Each row contains the one above it. Rows are timed in turns, after compilation; FLOPs are the compiler's. The floor
+    is the time that the FLOPs would take at the speed of a product of two matrices, measured in the same run.
+    """
+    task, data = run.task, trainer.load(run.task, settings.data_dir)
+    stage = next(stage for stage in reversed(run.stages) if stage.epochs)
+    labels, size = data.train.labels, trainer.size_of(run, settings)
+    state = jax.jit(first_state, static_argnums=(0, 2))(task, stage, size, run.seed)
+    state = state._replace(rest=task.calibrate(state.rest, data.train))
+    indices = jnp.asarray(np.random.default_rng(0).permutation(len(labels))[: stage.batch_size])
+    facts = Facts(jnp.bincount(labels, length=task.classes), 100, jnp.zeros(len(labels), bool))
+    whole = jax.tree.map(jnp.asarray, Split(*data.train))
+    held = data.held_out and jax.tree.map(lambda x: jnp.asarray(x[: stage.batch_size]), data.held_out)
+    matrix = jnp.ones((SIZE, SIZE))
+
+    def batch(state, whole):
+        return augmented(task, jax.tree.map(lambda x: x[indices], whole), jax.random.wrap_key_data(state.key))
+
+    def forward(state, whole):
+        seen = batch(state, whole)
+        losses = losses_of(task, stage, state.rest, facts.counts)
+        return losses(state.params, Batch(seen.inputs, seen.labels, jnp.ones(seen.labels.shape)))[0]
+
+    def sgd(state, whole):
+        return jax.grad(lambda params: jnp.mean(forward(state._replace(params=params), whole)))(state.params)
+
+    def step(state, whole):
+        raw = jax.tree.map(lambda x: x[indices], whole)
+        return train_step(task, stage, state, raw, indices, held if stage.method.needs_held_out else None, facts)
+
+    parts = {"batch": batch, "and losses": forward, "and gradient of their mean": sgd, "whole step": step}
+    programs = {name: jax.jit(part).lower(state, whole).compile() for name, part in parts.items()}
+    calls = {name: (program, (state, whole)) for name, program in programs.items()}
+    calls["product"] = jax.jit(jnp.matmul).lower(matrix, matrix).compile(), (matrix, matrix)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, (program, arguments) in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            seconds[name].append(time.perf_counter() - began)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    speed = 2 * SIZE**3 / middle["product"]
+    rows = [_row(name, middle[name], program, speed, stage.batch_size) for name, program in programs.items()]
+    return f"{pd.DataFrame(rows).to_markdown(index=False)}\n\nA product of matrices: {speed / 1e9:.0f} GFLOP/s."
+
+
+def _row(name: str, seconds: float, program: Any, speed: float, batch_size: int) -> dict[str, str]:
+    flops = (program.cost_analysis() or {}).get("flops", 0.0)
+    return {
+        "part": name,
+        "time, ms": f"{1e3 * seconds:.1f}",
+        "examples/s": f"{batch_size / seconds:,.0f}",
+        "GFLOP": f"{flops / 1e9:.2f}",
+        "floor, ms": f"{1e3 * flops / speed:.1f}",
+        "of the floor's speed": f"{flops / speed / seconds:.0%}",
+    }
