@@ -1,4 +1,4 @@
-"""The figures of a dataset's records: gains, accuracy while training, accuracy by class."""
+"""The figures of a dataset: gains, accuracy while training, by class, over λ and over the trusted fraction."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
     picked = tested[
         [chosen.get((m, lo)) == s for m, lo, s in zip(tested.method, tested.loss, tested.strength, strict=True)]
     ]
-    drawn = []
-    for name, figure in (("gains", gains(picked)), ("training", training(picked)), ("classes", classes(picked))):
+    drawn, found = [], {"gains": gains(picked), "training": training(picked), "classes": classes(picked)}
+    found |= {"strengths": strengths(frame), "fractions": fractions(frame)}
+    for name, figure in found.items():
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
         if figure is not None:
@@ -85,6 +86,49 @@ def classes(picked: Any):
     if len(order) <= 20:
         axis.set_xticks(range(len(order)), [f"{count:,}" for count in counts[order]])
     axis.set_xlabel("training images of the class" if len(order) <= 20 else "class, from frequent to rare")
+    axis.set_ylabel("test accuracy, %")
+    axis.legend()
+    return figure
+
+
+def strengths(frame: Any):
+    """Validation accuracy over λ, a line for each bound and a panel for each loss and variant; SGD's is grey."""
+    runs = frame[frame.validation_accuracy.notna()]
+    families = runs[runs.method.str.startswith("absgd")].groupby(["loss", "method"], sort=True)
+    families = [(name, family) for name, family in families if family.temperature.nunique() > 2]
+    if not families:
+        return None
+    figure, axes = plt.subplots(
+        1, len(families), figsize=(3.2 * len(families), 2.8), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, ((loss, method), family) in zip(axes[0], families, strict=True):
+        plain = runs[(runs.method == method.replace("absgd", "sgd")) & (runs.loss == loss)]
+        if len(plain):
+            axis.axhline(plain.validation_accuracy.mean(), color=style.SGD, label="sgd")
+        for bound, line in family.groupby("max_weight", sort=True):
+            mean = line.groupby(line.temperature.abs()).validation_accuracy.mean()
+            label = f"weights at most {bound:g}" if np.isfinite(bound) else "weights not bounded"
+            axis.plot(mean, marker=".", color=style.colour(method, np.isfinite(bound)), label=label)
+        axis.set_xscale("log")
+        axis.set_title(f"{loss}, {method}", loc="left", fontsize=9)
+        axis.set_xlabel("-λ" if (family.temperature < 0).all() else "λ")
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel("validation accuracy, %")
+    return figure
+
+
+def fractions(frame: Any):
+    """Test accuracy over the fraction that is trusted; SGD's is grey."""
+    runs = frame[frame.validation_accuracy.notna()]
+    family = runs[(runs.method == "trust") & (runs.loss == "ce")]
+    if family.fraction.nunique() < 3:
+        return None
+    figure, axis = plt.subplots(figsize=(4, 2.8), layout="constrained")
+    plain = runs[(runs.method == "sgd") & (runs.loss == "ce")]
+    if len(plain):
+        axis.axhline(plain.accuracy.mean(), color=style.SGD, label="sgd")
+    axis.plot(family.groupby("fraction").accuracy.mean(), marker=".", color=style.ABSGD, label="trust")
+    axis.set_xlabel("fraction that is trusted")
     axis.set_ylabel("test accuracy, %")
     axis.legend()
     return figure
