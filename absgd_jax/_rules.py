@@ -23,8 +23,9 @@ class Rule(NamedTuple):
     Attributes:
       at: ``at(state, kl)`` returns the value for the next batch. For λ, ``state`` is the
         :class:`absgd_jax.ScaleByAbsgdState` after a batch, whose ``temperature`` is the λ with which that batch was
-        reduced, and ``kl`` is that batch's KL̂; ``kl`` is None when the state is made. For γ, ``state`` is that before
-        the batch and ``kl`` is None; γ may come as the pair (γ, 1 - γ), if the latter would be lost to rounding.
+        reduced, and ``kl`` is that batch's KL̂; ``kl`` is None when the state is made, and where ``radius`` is None and
+        the update was not given it. For γ, ``state`` is that before the batch and ``kl`` is None; γ may come as the
+        pair (γ, 1 - γ), if the latter would be lost to rounding.
       radius: the KL distance ρ at which the rule aims, if it reads ``kl``; None if it does not.
 
     The library's rules are pytrees: their numbers may be traced, and they may be passed through ``jit`` and ``vmap``.

@@ -23,7 +23,8 @@ def attention_weights(
       max_weight: c, the largest weight, as for :func:`absgd_jax.scale_by_absgd`.
 
     Returns:
-      p̃, of the broadcast shape, float32 or wider; 1 is the weight that SGD gives.
+      p̃, of the broadcast shape, float32 or wider; 1 is the weight that SGD gives. What would overflow is as large
+      as the dtype allows.
 
     Raises:
       ValueError: if ``temperature`` is NaN or 0, or ``max_weight`` is not above 1.
@@ -41,7 +42,9 @@ def attention_weights(
     check_max_weight(max_weight)
     losses = jnp.asarray(losses)
     losses = losses.astype(wide(losses.dtype))
-    return jnp.minimum(jnp.exp((losses - risk) / temperature), max_weight)
+    weights = jnp.exp((losses - risk) / temperature)
+    largest = 0.5 / jnp.finfo(weights.dtype).tiny  # which still has a reciprocal, to be divided by
+    return jnp.minimum(weights, jnp.minimum(max_weight, largest))
 
 
 def effective_sample_size(weights: ArrayLike, *, axis: int | tuple[int, ...] | None = None) -> jax.Array:

@@ -202,6 +202,9 @@ def test_attention_weights_and_effective_sample_size():
     assert effective_sample_size(jnp.array([3e-30, 3e-30, 0, 0])) == 2
     assert effective_sample_size(jnp.array([2e30, 2e30, 2e30])) == 3
     assert effective_sample_size(jnp.zeros(3)) == 0
+    overflowing = attention_weights(jnp.array([0.0, 1e4, 2e4]), 0.0, 1.0)
+    assert np.isfinite(overflowing).all()
+    assert effective_sample_size(overflowing) == 2
     np.testing.assert_array_equal(effective_sample_size(jnp.eye(3), axis=1), 1)
 
 
