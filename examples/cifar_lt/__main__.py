@@ -1,4 +1,4 @@
-"""python -m examples.cifar_lt train | sweep | report."""
+"""python -m examples.cifar_lt train | sweep | search | profile | report."""
 
 import sys
 

@@ -1,0 +1,82 @@
+"""Tabular data, balanced or mildly imbalanced: do bounded weights, or λ < 0, help where nobody asks for robustness?
+
+python -m examples.tabular sweep --data-dir data
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from examples.lab.config import Run, Stage
+from examples.lab.experiment import Experiment
+from examples.lab.recipe import Recipe
+from examples.tabular.task import Tabular
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TabularRecipe(Recipe):
+    """Trains a perceptron; the method is at work from the first step to the last."""
+
+    dataset: str = "adult"
+    """adult, breast-cancer or digits."""
+    epochs: int = 10
+    """All epochs; the learning rate falls linearly to 0."""
+    rate: float = 0.03
+    """The learning rate of the first step."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    batch_size: int = 128
+    """Rows in a step."""
+
+    def rules(self):
+        return super().rules() | {
+            f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
+            f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
+            f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
+            f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
+            f"--batch-size {self.batch_size}: it must be at least 1": self.batch_size >= 1,
+        }
+
+
+def make_run(recipe: TabularRecipe) -> Run:
+    """One stage, and perhaps a classifier fitted after it."""
+    task = Tabular(dataset=recipe.dataset, validation=recipe.validation, subset_seed=recipe.subset_seed)
+    task.classes  # noqa: B018  a name that is wrong is found before anything is trained
+    stage = Stage(
+        epochs=recipe.epochs,
+        rate=(recipe.rate, 0.0),
+        method=recipe.make_method(),
+        loss=recipe.losses[1],
+        class_weights=recipe.loss.startswith("cb-"),
+        balanced_batches=recipe.balanced_batches,
+        batch_size=recipe.batch_size,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    fitted = (Stage(classifier=recipe.classifier, loss=stage.loss),) if recipe.classifier else ()
+    return Run(task=task, seed=recipe.seed, stages=(stage, *fitted))
+
+
+ROWS = [
+    {},
+    *({"method": "absgd", "temperature": t, "max_weight": 3.0} for t in (0.5, 1.0, 2.0, 5.0)),
+    *({"method": "absgd", "temperature": t} for t in (-0.5, -1.0, -2.0, -5.0)),
+    *({"method": "focus", "fraction": f, "max_weight": 3.0} for f in (0.3, 0.5, 0.7, 0.9)),
+    *({"method": "trust", "fraction": f} for f in (0.7, 0.8, 0.9, 0.95)),
+    *({"method": "rgd", "parameter": tau} for tau in (0.5, 1.0, 2.0, 5.0)),
+    {"loss": "focal"},
+]
+ADULT = TabularRecipe(preset="adult")
+EXPERIMENT = Experiment(
+    folder=Path(__file__).parent,
+    presets={
+        "adult": ADULT,
+        # What scikit-learn ships: a few hundred rows.
+        "small": dataclasses.replace(ADULT, preset="small", dataset="digits", epochs=50, batch_size=32),
+    },
+    tables=lambda dataset: {"1": ROWS},
+    make_run=make_run,
+    evaluate_every={"adult": 10, "small": 50},
+)

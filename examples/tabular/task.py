@@ -1,0 +1,101 @@
+"""Adult from its UCI files and the tables that scikit-learn ships, and a multi-layer perceptron."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from flax import nnx
+from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+
+from examples.lab.errors import UsageError, UserError
+from examples.lab.task import Data, Split, Task
+
+SHIPPED = {"breast-cancer": load_breast_cancer, "digits": load_digits}
+CLASSES = {"adult": 2, "breast-cancer": 2, "digits": 10}
+FEATURES = {"adult": 108, "breast-cancer": 30, "digits": 64}
+URL = "https://archive.ics.uci.edu/dataset/2/adult"
+COLUMNS = (
+    "age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship", "race",
+    "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country", "income",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tabular(Task):
+    """The fields identify the rows and the network."""
+
+    dataset: str
+    hidden: tuple[int, ...] = (64, 64)
+    validation: float = 0.0
+    subset_seed: int = 0
+
+    @property
+    def classes(self) -> int:
+        if self.dataset not in CLASSES:
+            raise UsageError(f"--dataset {self.dataset}: choose from {', '.join(CLASSES)}.")
+        return CLASSES[self.dataset]
+
+    def load(self, data_dir: Path) -> Data:
+        if self.dataset == "adult":
+            train, test = adult(data_dir / "adult")
+            if train.inputs.shape[1] != FEATURES["adult"]:
+                raise UserError(f"{data_dir / 'adult'} lacks some categories. Get the files from {URL}.")
+        else:
+            inputs, labels = SHIPPED[self.dataset](return_X_y=True)
+            train, test = self._split(Split(inputs, labels), 0.3)
+        validation = None
+        if self.validation:
+            train, validation = self._split(train, self.validation)
+        scale = StandardScaler().fit(train.inputs).transform
+        parts = [part and Split(scale(part.inputs).astype(np.float32), part.labels.astype(np.int32))
+                 for part in (train, test, validation)]  # fmt: skip
+        return Data(*parts)
+
+    def _split(self, rows: Split, part: float) -> tuple[Split, Split]:
+        x, other_x, y, other_y = train_test_split(
+            *rows, test_size=part, random_state=self.subset_seed, stratify=rows.labels
+        )
+        return Split(x, y), Split(other_x, other_y)
+
+    def network(self, loss, rngs):
+        return Perceptron((FEATURES[self.dataset], *self.hidden), self.classes, rngs)
+
+
+class Perceptron(nnx.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, sizes, classes, rngs):
+        self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.classifier = nnx.Linear(sizes[-1], classes, rngs=rngs)
+
+    def features(self, x, *, train):
+        del train
+        for layer in self.hidden:
+            x = nnx.relu(layer(x))
+        return x
+
+    def __call__(self, x, *, train):
+        return self.classifier(self.features(x, train=train))
+
+
+def adult(folder: Path) -> tuple[Split, Split]:
+    """Rows of numbers and of categories as indicators (? is one of them), and whether the income exceeds 50,000."""
+    tables = [_read(folder / "adult.data", skip=0), _read(folder / "adult.test", skip=1)]
+    whole = pd.concat(tables, keys=("train", "test"))
+    labels = whole.pop("income").str.rstrip(".") == ">50K"
+    inputs = pd.get_dummies(whole)
+    return tuple(Split(inputs.loc[part].to_numpy(float), labels.loc[part].to_numpy()) for part in ("train", "test"))
+
+
+def _read(path: Path, skip: int) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, names=list(COLUMNS), skipinitialspace=True, skiprows=skip)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Get it from {URL} and put it there.") from None
+    if table.empty or table.isna().any(axis=None) or not table.income.isin(["<=50K", ">50K", "<=50K.", ">50K."]).all():
+        raise UserError(f"{path} is not a file of Adult. Get it from {URL} and put it there.")
+    return table
