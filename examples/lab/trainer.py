@@ -19,6 +19,8 @@ from examples.lab.input_pipeline import HELD_OUT, STEPS, class_balanced, epoch_k
 from examples.lab.task import Data, Split, Task
 from examples.lab.train_step import Facts, Metrics, State, first_state, take_over, train_step
 
+TIPPING = 5  # times the mean weight; a second stage in which an epoch's largest weights were so large lost what it had
+
 
 class Settings(NamedTuple):
     """Where and how to train; nothing here changes a result."""
@@ -216,8 +218,10 @@ def _shown(members: Sequence[Run], line: dict[str, Any]) -> str:
     numbers = {name: values[0] for name, values in line.items() if isinstance(values, list)}
     lam = "∞" if abs(numbers["temperature"]) > 1e38 else f"{numbers['temperature']:.3g}"
     accuracy = f"  test {numbers['test_accuracy']:.2f} %" if "test_accuracy" in numbers else ""
+    tipping = numbers["largest_weight"] > TIPPING
+    warning = "  [yellow]single examples have most of the weight: bound it with --max-weight 3[/]" if tipping else ""
     return (
         f"epoch {line['epoch']}/{members[0].epochs}  loss {numbers['loss']:.4f}  rate {numbers['rate']:.3g}  "
         f"λ {lam}  sample size {numbers['sample_size']:.0%}  "
-        f"largest weight {numbers['largest_weight']:.3g}  {line['seconds']:.1f} s{accuracy}"
+        f"largest weight {numbers['largest_weight']:.3g}  {line['seconds']:.1f} s{accuracy}{warning}"
     )

@@ -418,6 +418,15 @@ def test_the_parts_of_a_step(method, capsys):
     assert "product of matrices" in lines[-1]
 
 
+def test_the_log_warns_of_weights_that_tip(tmp_path, capsys):
+    arguments = ["train", "--method", "absgd", "--work", str(tmp_path), "--out", str(tmp_path / "out"), "--temperature"]
+    assert cli.main(EXPERIMENT, [*arguments, "5"]) == 0
+    assert "--max-weight" not in capsys.readouterr().out
+    assert cli.main(EXPERIMENT, [*arguments, "0.05"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["--max-weight 3" in line for line in lines] == [True, True]  # of the second stage
+
+
 def test_states_are_restored_by_name(tmp_path):
     with checkpoint.open_manager(tmp_path) as manager:
         checkpoint.save(manager, 0, {"a": jnp.zeros(2), "b": jnp.ones(2)})
