@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.cifar_lt.task import Cifar
-from examples.lab.config import SGD, Run, Stage
+from examples.lab.config import Run
 from examples.lab.experiment import TUNING_VALIDATION, Experiment
 from examples.lab.losses import NEEDS_COSINES
 from examples.lab.recipe import Recipe
+from examples.lab.schedule import Line, two_stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,33 +87,20 @@ class CifarRecipe(Recipe):
 
 
 def make_run(recipe: CifarRecipe) -> Run:
-    """Stages: wherever the learning rate turns, and where the second stage begins."""
-    turn, by_epoch = round(recipe.begin * recipe.epochs), recipe.network != "shallow"
-    shared = {
-        "batch_size": recipe.batch_size,
-        "momentum": recipe.momentum,
-        "weight_decay": recipe.weight_decay,
-        "nesterov": recipe.network == "shallow",
-        "rate_by_epoch": by_epoch,
-        "mixup": recipe.mixup,
-        "balanced_batches": recipe.balanced_batches,
-    }
-    first_loss, second_loss = recipe.losses
-    first = {"loss": first_loss, "method": SGD} | shared
-    second = first | {
-        "method": recipe.make_method(),
-        "loss": second_loss,
-        "class_weights": recipe.loss.startswith("cb-"),
-        "trained": recipe.trained,
-    }
-    stages, done = [], 0
-    for epochs, rates in _cut(_rates(recipe), turn, by_epoch):
-        factor = 1.0 if done < turn else recipe.second_rate
-        rates = (factor * rates[0], factor * rates[1])
-        stages.append(Stage(epochs=epochs, rate=rates, **(first if done < turn else second)))
-        done += epochs
-    if recipe.classifier is not None:
-        stages.append(Stage(classifier=recipe.classifier, loss=second_loss))
+    """The paper's two stages, or those of the shallow network."""
+    stages = two_stages(
+        recipe,
+        _lines(recipe),
+        turn=round(recipe.begin * recipe.epochs),
+        second_rate=recipe.second_rate,
+        second={"trained": recipe.trained},
+        batch_size=recipe.batch_size,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.network == "shallow",
+        rate_by_epoch=recipe.network != "shallow",
+        mixup=recipe.mixup,
+    )
     task = Cifar(
         dataset=recipe.dataset,
         network_name=recipe.network,
@@ -124,11 +112,10 @@ def make_run(recipe: CifarRecipe) -> Run:
         subset_seed=recipe.subset_seed,
     )
     task.parsed  # noqa: B018  a name that is wrong is found before anything is trained
-    return Run(task=task, seed=recipe.seed, stages=tuple(stages))
+    return Run(task=task, seed=recipe.seed, stages=stages)
 
 
-def _rates(recipe: CifarRecipe) -> list[tuple[int, tuple[float, float]]]:
-    """Epochs in which the learning rate is linear, and its ends."""
+def _lines(recipe: CifarRecipe) -> list[Line]:
     peak, epochs = recipe.rate, recipe.epochs
     if recipe.network == "shallow":
         rise = round(0.2 * epochs)
@@ -138,21 +125,6 @@ def _rates(recipe: CifarRecipe) -> list[tuple[int, tuple[float, float]]]:
     low, lowest = peak * recipe.decay, peak * recipe.decay * recipe.decay
     parts = [(rise, (peak / max(rise, 1), peak)), (first - rise, (peak, peak))]
     return [*parts, (second - first, (low, low)), (epochs - second, (lowest, lowest))]
-
-
-def _cut(parts, turn: int, by_epoch: bool):
-    """The parts with one that contains the epoch ``turn`` cut there; parts without epochs are left out."""
-    begin = 0
-    for epochs, (first, last) in parts:
-        at = turn - begin
-        if 0 < at < epochs:
-            step = (last - first) / ((epochs - 1) if by_epoch else epochs)
-            middle = first + step * at
-            yield at, (first, middle - step if by_epoch else middle)
-            yield epochs - at, (middle, last)
-        elif epochs:
-            yield epochs, (first, last)
-        begin += epochs
 
 
 LOSSES = ("ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "deferred-balanced-softmax")

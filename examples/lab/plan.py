@@ -22,6 +22,7 @@ ASKING = (
     "recipe",
     "records",
     "report",
+    "schedule",
     "search",
     "style",
     "__main__",

@@ -7,9 +7,10 @@ import dataclasses
 import math
 from pathlib import Path
 
-from examples.lab.config import Run, Stage
+from examples.lab.config import Run
 from examples.lab.experiment import Experiment
 from examples.lab.recipe import Recipe
+from examples.lab.schedule import two_stages
 from examples.tabular.task import Tabular
 
 
@@ -41,22 +42,18 @@ class TabularRecipe(Recipe):
 
 
 def make_run(recipe: TabularRecipe) -> Run:
-    """One stage, and perhaps a classifier fitted after it."""
+    """The second stage alone."""
     task = Tabular(dataset=recipe.dataset, validation=recipe.validation, subset_seed=recipe.subset_seed)
     task.classes  # noqa: B018  a name that is wrong is found before anything is trained
-    stage = Stage(
-        epochs=recipe.epochs,
-        rate=(recipe.rate, 0.0),
-        method=recipe.make_method(),
-        loss=recipe.losses[1],
-        class_weights=recipe.loss.startswith("cb-"),
-        balanced_batches=recipe.balanced_batches,
+    stages = two_stages(
+        recipe,
+        [(recipe.epochs, (recipe.rate, 0.0))],
+        turn=0,
         batch_size=recipe.batch_size,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    fitted = (Stage(classifier=recipe.classifier, loss=stage.loss),) if recipe.classifier else ()
-    return Run(task=task, seed=recipe.seed, stages=(stage, *fitted))
+    return Run(task=task, seed=recipe.seed, stages=stages)
 
 
 ROWS = [
