@@ -13,9 +13,8 @@ SHOWN = ("sgd", "absgd", "kl-radius", "trust", "focus")  # in the pictures of tr
 
 def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
     """Draws what there is something to see of; returns the files."""
-    picked = tested[
-        [chosen.get((m, lo)) == s for m, lo, s in zip(tested.method, tested.loss, tested.strength, strict=True)]
-    ]
+    families = zip(tested.method, tested.loss, tested.strength, strict=True)
+    picked = tested[np.array([chosen.get((method, loss)) == s for method, loss, s in families], bool)]
     drawn, found = [], {"gains": gains(picked), "training": training(picked), "classes": classes(picked)}
     found |= {"strengths": strengths(frame), "fractions": fractions(frame)}
     for name, figure in found.items():
@@ -105,13 +104,18 @@ def strengths(frame: Any):
         plain = runs[(runs.method == method.replace("absgd", "sgd")) & (runs.loss == loss)]
         if len(plain):
             axis.axhline(plain.validation_accuracy.mean(), color=style.SGD, label="sgd")
-        for bound, line in family.groupby("max_weight", sort=True):
+        for (negative, bound), line in family.groupby([family.temperature < 0, "max_weight"], sort=True):
             mean = line.groupby(line.temperature.abs()).validation_accuracy.mean()
-            label = f"weights at most {bound:g}" if np.isfinite(bound) else "weights not bounded"
-            axis.plot(mean, marker=".", color=style.colour(method, np.isfinite(bound)), label=label)
+            label = ("λ < 0" if negative else "λ > 0") + (f", weights at most {bound:g}" if np.isfinite(bound) else "")
+            line_style = "--" if negative else "-"
+            colour = style.colour(method, np.isfinite(bound))
+            axis.plot(mean, line_style, marker=".", color=colour, label=label)
         axis.set_xscale("log")
+        ticks = sorted(set(family.temperature.abs()))
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.set_title(f"{loss}, {method}", loc="left", fontsize=9)
-        axis.set_xlabel("-λ" if (family.temperature < 0).all() else "λ")
+        axis.set_xlabel("|λ|" if (family.temperature < 0).any() else "λ")
         axis.legend(fontsize=7)
     axes[0, 0].set_ylabel("validation accuracy, %")
     return figure

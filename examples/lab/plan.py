@@ -19,6 +19,7 @@ ASKING = (
     "errors",
     "figures",
     "files",
+    "profile",
     "recipe",
     "records",
     "report",

@@ -107,7 +107,8 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
                 "seeds": len(shown),
             }
         )
-    return pd.DataFrame(out)
+    table = pd.DataFrame(out)
+    return table if paper else table.drop(columns="paper")
 
 
 def _mean(values: Frame) -> str:
@@ -144,8 +145,12 @@ LEGEND = """\
 Accuracy: on the test set after the last epoch, in %, mean ± standard deviation over the seeds. Many, medium, few:
 mean accuracy of the classes of over 100, of 20 to 100 and of less than 20 training images. Gain: over SGD with the
 same loss, seed by seed. Strength: λ, the KL radius ρ, the fraction, the bound c or a method's own number p, chosen by
-accuracy on a validation split in runs that are not shown. Paper: Qi et al., arXiv 2012.06951, the best λ of three on
-the test set, another network."""
+accuracy on a validation split in runs that are not shown."""
+
+
+def legend(experiment: Experiment) -> str:
+    source = experiment.paper.get("source")
+    return f"{LEGEND} Paper: {source}." if source else LEGEND
 
 
 def report(experiment: Experiment, folders: Sequence[Path]) -> None:
@@ -155,11 +160,11 @@ def report(experiment: Experiment, folders: Sequence[Path]) -> None:
         for dataset, frame in load(folder).groupby("dataset"):
             place = folder / str(dataset)
             text = section(experiment, folder.name, str(dataset), frame)
-            (place / "table.md").write_text(f"{text}\n\n{LEGEND}\n", encoding="utf-8")
+            (place / "table.md").write_text(f"{text}\n\n{legend(experiment)}\n", encoding="utf-8")
             drawn = figures.draw(frame, tested(frame), chosen(frame), place)
             inside &= place.resolve().is_relative_to(experiment.folder)
             pictures = [f"![{path.stem}]({path.resolve().relative_to(experiment.folder)})" for path in drawn if inside]
             sections.append("\n\n".join([f"### {dataset}, preset {folder.name}", text, *pictures]))
             console.print(f"{place / 'table.md'} and {', '.join(path.name for path in drawn)}")
     if inside:
-        fill(experiment.folder / "README.md", "\n\n".join([LEGEND, *sections]))
+        fill(experiment.folder / "README.md", "\n\n".join([legend(experiment), *sections]))
