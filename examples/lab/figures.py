@@ -73,7 +73,7 @@ def training(picked: Any):
 def classes(picked: Any):
     """Accuracy of each class, from frequent to rare, with cross entropy."""
     runs = picked[(picked.loss == "ce") & picked.method.isin(SHOWN)]
-    if runs.method.nunique() < 2 or len(set(runs.class_counts.iloc[0])) == 1:
+    if runs.method.nunique() < 2 or len(set(runs.class_counts.iloc[0])) == 1 or len(runs.class_counts.iloc[0]) < 3:
         return None
     counts = np.array(runs.class_counts.iloc[0])
     order = np.argsort(-counts, kind="stable")
