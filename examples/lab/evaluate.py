@@ -36,23 +36,22 @@ def _each(function, states):
     return jax.vmap(function)(states)
 
 
-def _over(split: Split, function) -> np.ndarray:
+def _over(task: Task, split: Split, function) -> np.ndarray:
     """A function of batches of one size, whatever the size of the split; the axis of examples comes second."""
     size, parts = len(split.labels), []
     for begin in range(0, size, BATCH):
-        places = np.arange(begin, begin + BATCH) % size
-        parts.append(function(jax.tree.map(lambda x, places=places: x[places], split)))
+        parts.append(function(task.batch(split, np.arange(begin, begin + BATCH) % size)))
     return np.concatenate(jax.device_get(parts), axis=1)[:, :size]
 
 
 def right(task: Task, loss: str, states: State, split: Split) -> np.ndarray:
     """Which examples each run classifies correctly, shape (runs, N)."""
-    return _over(split, lambda batch: _right(task, loss, states, batch))
+    return _over(task, split, lambda batch: _right(task, loss, states, batch))
 
 
 def features(task: Task, loss: str, states: State, split: Split) -> np.ndarray:
     """What the classifier of each run sees, shape (runs, N, D)."""
-    return _over(split, lambda batch: _features(task, loss, states, batch))
+    return _over(task, split, lambda batch: _features(task, loss, states, batch))
 
 
 def by_class(right: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

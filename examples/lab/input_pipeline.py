@@ -1,14 +1,19 @@
-"""Batches of data in memory: which examples each step of an epoch sees."""
+"""Which examples each step of an epoch sees, and batches that are made on the host."""
 
+from collections.abc import Iterator
 from functools import partial
 
+import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from examples.lab.errors import UsageError
-from examples.lab.task import Split
+from examples.lab.task import Split, Task
 
 STEPS, HELD_OUT = 0, 1  # what an epoch draws from its key
+POOL = 32  # batches among which examples are sorted by length
+THREADS = 4
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -37,6 +42,21 @@ def class_balanced(key: jax.Array, labels: jax.Array, *, steps: int, batch_size:
     class_key, example_key = jax.random.split(key)
     chosen = jax.random.randint(class_key, (steps, batch_size), 0, classes)
     return order[starts[chosen] + jax.random.randint(example_key, (steps, batch_size), 0, counts[chosen])]
+
+
+@partial(jax.jit, static_argnames=("steps", "batch_size"))
+def by_length(key: jax.Array, lengths: jax.Array, *, steps: int, batch_size: int) -> jax.Array:
+    """As :func:`shuffled`, but the examples of a batch have about one length: pools of batches are sorted by it."""
+    order = shuffled(key, lengths, steps=steps, batch_size=batch_size).reshape(-1)
+    pool = jnp.arange(order.size) // (POOL * batch_size)
+    order = order[jnp.lexsort((lengths[order], pool))].reshape(steps, batch_size)
+    return jax.random.permutation(jax.random.fold_in(key, 1), order)
+
+
+def stream(task: Task, split: Split, order: np.ndarray) -> Iterator[Split]:
+    """The batches of an epoch in the order of its steps, made ahead by other threads."""
+    batches = grain.MapDataset.source(range(len(order))).map(lambda step: task.batch(split, order[step]))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)))
 
 
 def take(split: Split, indices: jax.Array) -> Split:

@@ -74,8 +74,9 @@ def groups(runs: Iterable[Run], is_done, together: int) -> Iterator[list[Run]]:
             before = run.stages[-2] if depth > 1 else None
             structure = jax.tree.structure((run.stages[-1], before and before.loss, carries_method(run)))
             alike[run.task, structure].append(run)
-        for members in alike.values():
-            yield from (members[i : i + together] for i in range(0, len(members), together))
+        for (task, _), members in alike.items():
+            size = 1 if task.streamed else together
+            yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
 def carries_method(run: Run) -> bool:

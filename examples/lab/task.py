@@ -47,6 +47,17 @@ class Task:
         del train
         return rest
 
+    streamed = False  # whether batches are made on the host, by ``batch``, and not taken from data on the device
+
+    def batch(self, split: Split, indices: np.ndarray) -> Split:
+        """Some examples, as arrays; of batches made on the host the shape may differ."""
+        return jax.tree.map(lambda x: x[indices], split)
+
+    def lengths(self, split: Split) -> np.ndarray | None:
+        """By what to sort examples, shape (N,), so that those of a batch are alike; None leaves them in any order."""
+        del split
+        return None
+
     def prepare(self, inputs: Any) -> Any:
         """Inputs as the network sees them."""
         return inputs

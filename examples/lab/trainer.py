@@ -1,7 +1,8 @@
 """Trains what a plan asks for, stage by stage: restore or begin, epochs, evaluation, checkpoint."""
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,17 @@ from rich.console import Console
 from examples.lab import checkpoint, classifiers, evaluate, plan
 from examples.lab.config import Run, stack
 from examples.lab.errors import OutOfTimeError
-from examples.lab.input_pipeline import HELD_OUT, STEPS, class_balanced, epoch_key, shuffled, steps_per_epoch, take
+from examples.lab.input_pipeline import (
+    HELD_OUT,
+    STEPS,
+    by_length,
+    class_balanced,
+    epoch_key,
+    shuffled,
+    steps_per_epoch,
+    stream,
+    take,
+)
 from examples.lab.task import Data, Split, Task
 from examples.lab.train_step import Facts, Metrics, State, first_state, take_over, train_step
 
@@ -71,6 +82,13 @@ def shape_of(run: Run, settings: Settings) -> State:
 def left_by(run: Run, settings: Settings) -> tuple[State, list[dict[str, Any]]]:
     """The state that a run has left, and its metrics, epoch by epoch."""
     return checkpoint.load(folder_of(run, settings), shape_of(run, settings))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(task, stages, states, batch, indices, held_out, facts):
+    """A step of one run on a batch that was made on the host."""
+    stage, state = jax.tree.map(lambda x: x[0], (stages, states))
+    return jax.tree.map(lambda x: x[None], train_step(task, stage, state, batch, indices, held_out, facts))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -155,8 +173,10 @@ class _Batches:
         self.steps = steps_per_epoch(len(labels), self.stage.batch_size) if self.stage.epochs else 0
         wrong = np.zeros(len(labels), bool) if data.clean is None else data.clean != labels
         self.facts = self.spread(Facts(np.bincount(labels, minlength=run.task.classes), self.steps, wrong), P())
-        self.train = self.spread(Split(*data.train), P())
-        self.held_out = self.spread(data.held_out, P()) if self.stage.method.needs_held_out else None
+        self.train, self.held_out = data.train, data.held_out if self.stage.method.needs_held_out else None
+        if not self.task.streamed:
+            self.train, self.held_out = self.spread((self.train, self.held_out), P())
+        self.lengths = self.task.lengths(data.train)
         self.together = 1 if jax.default_backend() == "cpu" else self.steps
 
     def spread(self, tree, spec):
@@ -166,18 +186,30 @@ class _Batches:
         """Indices of the batches of each run's coming epoch, the examples of a batch spread over the devices."""
         sizes = {"steps": self.steps, "batch_size": self.stage.batch_size}
         keys = [epoch_key(*at, purpose) for at in zip(states.key, states.step, strict=True)]
-        draw = partial(class_balanced, classes=self.task.classes) if balanced else shuffled
-        return self.spread(jnp.stack([draw(key, split.labels, **sizes) for key in keys]), P(None, None, "data"))
+        draw, of = partial(class_balanced, classes=self.task.classes) if balanced else shuffled, split.labels
+        if self.lengths is not None and not balanced:
+            draw, of = by_length, self.lengths
+        return self.spread(jnp.stack([draw(key, of, **sizes) for key in keys]), P(None, None, "data"))
+
+    def _streamed(self, split: Split, orders: jax.Array) -> Iterator[Split]:
+        return (self.spread(batch, P("data")) for batch in stream(self.task, split, np.asarray(orders[0])))
 
     def epoch(self, stages, states: State) -> tuple[State, Metrics]:
         """One epoch of every run; the metrics have the axes (run, step)."""
         orders, held_orders = self.orders(states, STEPS, self.train, balanced=self.stage.balanced_batches), states.step
         if self.held_out is not None:
             held_orders = self.orders(states, HELD_OUT, self.held_out, balanced=True)
-        data, seen = (self.train, orders, self.held_out, held_orders, self.facts), []
-        for i in range(0, self.steps, self.together):
-            states, metrics = _steps(self.task, self.together, stages, states, i, *data)
-            seen.append(metrics)
+        seen = []
+        if self.task.streamed:
+            held = self._streamed(self.held_out, held_orders) if self.held_out is not None else itertools.repeat(None)
+            for batch, indices, apart in zip(self._streamed(self.train, orders), orders[0], held, strict=False):
+                states, metrics = _step(self.task, stages, states, batch, indices, apart, self.facts)
+                seen.append(jax.tree.map(lambda x: x[:, None], metrics))
+        else:
+            data = self.train, orders, self.held_out, held_orders, self.facts
+            for i in range(0, self.steps, self.together):
+                states, metrics = _steps(self.task, self.together, stages, states, i, *data)
+                seen.append(metrics)
         return states, jax.tree.map(lambda *parts: np.concatenate(jax.device_get(parts), axis=1), *seen)
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from examples.lab import checkpoint, cli, plan, records, report, trainer
 from examples.lab.config import SGD, Run, Stage, describe, fingerprint
 from examples.lab.errors import OutOfTimeError, UsageError, UserError
+from examples.lab.input_pipeline import by_length
 from examples.lab.methods.absgd import Absgd
 from examples.lab.methods.early_learning import EarlyLearning
 from examples.lab.methods.look_ahead import L2rw, Meta
@@ -173,6 +174,42 @@ def test_a_batch_over_devices_is_the_batch_on_one(tmp_path):
     over = train(runs, settings(tmp_path / "over", devices=8))
     for one, other in zip(over, train(runs, settings(tmp_path / "alone")), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
+
+
+class Streamed(Clouds):
+    """The same points, their batches made on the host."""
+
+    streamed = True
+
+
+class Sorted(Streamed):
+    """And alike in a batch."""
+
+    def lengths(self, split):
+        return (100 * split.inputs[:, 0]).astype(int)
+
+
+def test_batches_from_the_host_are_those_from_the_device(tmp_path):
+    stages = [(FIRST, second(method)) for method in (Absgd(1.0), Meta(), EarlyLearning(3.0))]
+    runs = {task: [Run(task=task, seed=0, stages=each) for each in stages] for task in (Clouds(), Streamed(), Sorted())}
+    in_memory, streamed, alike = (train(of, settings(tmp_path, together=3)) for of in runs.values())
+    for one, other in zip(in_memory, streamed, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
+    for one, other in zip(alike, train(runs[Sorted()], settings(tmp_path / "over", devices=8)), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
+
+
+def test_batches_of_one_length():
+    lengths = np.random.default_rng(0).integers(1, 200, 1000)
+    order = np.asarray(by_length(jax.random.key(0), lengths, steps=99, batch_size=10))
+    assert len(set(order.flat)) == 990
+    spread = np.ptp(lengths[order], axis=1)
+    at_random = np.random.default_rng(1).permutation(order.reshape(-1)).reshape(99, 10)
+    assert np.median(spread) < 10 < 100 < np.median(np.ptp(lengths[at_random], axis=1))
+    means = lengths[order].mean(axis=1)
+    assert abs(np.corrcoef(means, np.arange(99))[0, 1]) < 0.3  # short ones do not come first
+    again = by_length(jax.random.key(1), lengths, steps=99, batch_size=10)
+    assert not np.array_equal(order, again)
 
 
 def test_a_run_that_stops_in_every_epoch_ends_like_one_that_does_not(tmp_path):
