@@ -105,11 +105,12 @@ class Cifar(Task):
         _, depth, width = self.network_name.split("-")
         return ResNet(int(depth), self.classes, width=int(width), cosine=cosine, dtype=precision(), rngs=rngs)
 
-    def calibrate(self, rest, train):
+    def calibrate(self, params, rest, data):
         if self.network_name == "shallow":
+            train = data.train
             some = train.inputs[:: -(-len(train.inputs) // 5000)]  # of all classes, which come one after another
             rest["whitening"][...] = whitening_kernel(normalise(jnp.asarray(some)))
-        return rest
+        return params, rest
 
     def prepare(self, inputs):
         return normalise(inputs)

@@ -8,7 +8,7 @@ import numpy as np
 
 from examples.lab import style
 
-SHOWN = ("sgd", "absgd", "kl-radius", "trust", "focus")  # in the pictures of training and of classes
+SHOWN = ("sgd", "absgd", "bounded-absgd", "kl-radius", "trust", "focus")  # in the pictures of training and of classes
 
 
 def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
@@ -93,7 +93,8 @@ def classes(picked: Any):
 def strengths(frame: Any):
     """Validation accuracy over λ, a line for each bound and a panel for each loss and variant; SGD's is grey."""
     runs = frame[frame.validation_accuracy.notna()]
-    families = runs[runs.method.str.startswith("absgd")].groupby(["loss", "method"], sort=True)
+    runs = runs.assign(variant=runs.method.str.removeprefix("bounded-"))
+    families = runs[runs.variant.str.startswith("absgd")].groupby(["loss", "variant"], sort=True)
     families = [(name, family) for name, family in families if family.temperature.nunique() > 2]
     if not families:
         return None

@@ -124,7 +124,8 @@ class Recipe:
             return self.classifier
         if self.balanced_batches:
             return "resample" if self.method == "sgd" else f"resample-{self.method}"
-        return self.method
+        bounded = self.method == "absgd" and math.isfinite(self.max_weight)
+        return "bounded-absgd" if bounded else self.method
 
     @property
     def name(self) -> str:

@@ -22,7 +22,8 @@ STRENGTH = ["temperature", "kl_radius", "fraction", "parameter", "max_weight"]
 FAMILY = ["method", "loss"]
 SYMBOLS = {"temperature": "λ", "kl_radius": "ρ", "fraction": "fraction", "parameter": "p", "max_weight": "c"}
 NAMES = {
-    "sgd": "SGD", "absgd": "ABSGD", "kl-radius": "ABSGD, KL radius", "trust": "ABSGD, trusted fraction",
+    "sgd": "SGD", "absgd": "ABSGD", "bounded-absgd": "ABSGD, bounded", "kl-radius": "ABSGD, KL radius",
+    "trust": "ABSGD, trusted fraction",
     "focus": "ABSGD, fraction in focus", "adaptive-gamma": "ABSGD, adaptive γ", "term": "TERM", "recover": "RECOVER",
     "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm",
     "lws": "LWS", "gce": "Generalised CE", "sce": "Symmetric CE", "smoothing": "Label smoothing",

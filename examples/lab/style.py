@@ -14,6 +14,6 @@ def colour(method: str, bounded: bool = False) -> str:
     """Of a method by its name in records."""
     if method.startswith("sgd"):
         return SGD
-    if method.startswith(("absgd", "kl-radius", "trust", "focus", "term", "adaptive-gamma")):
-        return BOUNDED if bounded else ABSGD
+    if method.startswith(("absgd", "bounded-absgd", "kl-radius", "trust", "focus", "term", "adaptive-gamma")):
+        return BOUNDED if bounded or method.startswith("bounded") else ABSGD
     return RIVALS[sum(map(ord, method)) % len(RIVALS)]

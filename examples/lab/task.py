@@ -24,6 +24,7 @@ class Data(NamedTuple):
     test: Split
     validation: Split | None = None
     held_out: Split | None = None  # a few examples of each class, for methods that learn weights on them
+    vocabulary: Any = None  # what else the network's first parameters are made of
     clean: np.ndarray | None = None  # the true labels of the training set, where the given ones may be wrong
 
 
@@ -42,10 +43,10 @@ class Task:
         """
         raise NotImplementedError
 
-    def calibrate(self, rest: nnx.State, train: Split) -> nnx.State:
-        """What the network keeps beside its parameters, where that depends on the training set."""
-        del train
-        return rest
+    def calibrate(self, params: nnx.State, rest: nnx.State, data: Data) -> tuple[nnx.State, nnx.State]:
+        """Initial parameters, and what else the network keeps, where they depend on the training set."""
+        del data
+        return params, rest
 
     streamed = False  # whether batches are made on the host, by ``batch``, and not taken from data on the device
 

@@ -157,7 +157,8 @@ def _begin(members: Sequence[Run], data: Data, settings: Settings) -> State:
         stage = run.stages[-1]
         if run.parent is None:
             state = jax.jit(first_state, static_argnums=(0, 2))(run.task, stage, size, run.seed)
-            begun.append(state._replace(rest=run.task.calibrate(state.rest, data.train)))
+            params, rest = run.task.calibrate(state.params, state.rest, data)
+            begun.append(state._replace(params=params, rest=rest))
         else:
             begun.append(take_over(stage, plan.carries_method(run), size, left_by(run.parent, settings)[0]))
     return stack(begun)
