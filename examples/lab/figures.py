@@ -60,14 +60,24 @@ def training(picked: Any):
             series = np.array([each["test_accuracy"] for each in family.by_epoch])
             label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
             axis.plot(*series.mean(axis=0).T, marker=".", color=style.colour(method), label=label)
-        begins = np.cumsum(family.stages.iloc[0])[:-1]
-        if len(begins):
-            axis.axvline(begins[-1], color="black", lw=0.8, ls=":")
+            if (begin := second_stage(family.config.iloc[0]["run"]["stages"])) is not None:
+                axis.axvline(begin, color="black", lw=0.8, ls=":")
         axis.set_title(loss, loc="left", fontsize=9)
         axis.set_xlabel("epoch")
         axis.legend(fontsize=7)
     axes[0, 0].set_ylabel("test accuracy, %")
     return figure
+
+
+def second_stage(stages: list[dict[str, Any]]) -> int | None:
+    """The epoch from which on a run differs in more than the learning rate; None if there is none."""
+    done = 0
+    plain = [{name: value for name, value in stage.items() if name not in ("epochs", "rate")} for stage in stages]
+    for stage, fields in zip(stages, plain, strict=True):
+        if fields != plain[0]:
+            return done
+        done += stage.get("epochs", 0)
+    return None
 
 
 def classes(picked: Any):

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from examples.lab import checkpoint, cli, plan, records, report, trainer
+from examples.lab import checkpoint, cli, figures, plan, records, report, trainer
 from examples.lab.config import SGD, Run, Stage, describe, fingerprint
 from examples.lab.errors import OutOfTimeError, UsageError, UserError
 from examples.lab.input_pipeline import by_length
@@ -58,7 +58,7 @@ def same(a, b):
 
 
 def second(method, **changes):
-    return dataclasses.replace(FIRST, rate=(0.1, 0.0), method=method, **changes)
+    return dataclasses.replace(FIRST, method=method, **{"rate": (0.1, 0.0)} | changes)
 
 
 WAYS = {
@@ -319,6 +319,14 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
     assert table["ABSGD", "ce"][5] == f"{np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}"
     assert table["SGD", "cb-ce"][-1] == "2"
     assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
+
+
+def test_where_the_second_stage_begins():
+    late = dataclasses.replace(FIRST, rate=(0.01, 0.01))
+    stages = lambda *stages: describe(run_of(*stages))["stages"]  # noqa: E731
+    assert figures.second_stage(stages(FIRST, late)) is None
+    assert figures.second_stage(stages(FIRST, late, second(Absgd(1.0)), second(Absgd(1.0), epochs=9))) == 4
+    assert figures.second_stage(stages(FIRST, second(SGD, class_weights=True))) == 2
 
 
 def test_a_method_that_was_not_run_says_so(swept, tmp_path):
