@@ -1,0 +1,220 @@
+"""ResNets for photographs (He et al. 2016) as torchvision has them, and pretrained weights for them.
+
+Names and shapes of parameters are those of ``torchvision.models.resnet50().state_dict()``, kernels with their axes in
+JAX's order, so that its ``.pth`` files can be read without PyTorch.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from examples.cifar_lt import safe_pickle
+from examples.lab.errors import UserError
+
+BLOCKS = {10: (1, 1, 1, 1), 50: (3, 4, 6, 3), 152: (3, 8, 36, 3)}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_he = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _conv(channels_in: int, channels: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    padding = [(size // 2, size // 2)] * 2
+    return nnx.Conv(
+        channels_in, channels, (size, size), stride, padding=padding, use_bias=False, kernel_init=_he, rngs=rngs
+    )
+
+
+def _norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions and the shortcut around them; the stride is that of the 3x3, as in torchvision.
+
+    With ``first_strides`` it is that of the first 1x1, as in the paper.
+    """
+
+    def __init__(self, channels_in: int, width: int, stride: int, first_strides: bool, rngs: nnx.Rngs):
+        strides = (stride, 1) if first_strides else (1, stride)
+        self.conv1, self.bn1 = _conv(channels_in, width, 1, strides[0], rngs), _norm(width, rngs)
+        self.conv2, self.bn2 = _conv(width, width, 3, strides[1], rngs), _norm(width, rngs)
+        self.conv3, self.bn3 = _conv(width, 4 * width, 1, 1, rngs), _norm(4 * width, rngs)
+        changes = stride > 1 or channels_in != 4 * width
+        shortcut = [_conv(channels_in, 4 * width, 1, stride, rngs), _norm(4 * width, rngs)] if changes else []
+        self.downsample = nnx.List(shortcut)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        fixed = not train
+        y = nnx.relu(self.bn1(self.conv1(x), use_running_average=fixed))
+        y = nnx.relu(self.bn2(self.conv2(y), use_running_average=fixed))
+        y = self.bn3(self.conv3(y), use_running_average=fixed)
+        if self.downsample:
+            conv, norm = self.downsample
+            x = norm(conv(x), use_running_average=fixed)
+        return nnx.relu(x + y)
+
+
+class Stem(nnx.Module):
+    """All of a ResNet before its last stage: images (N, H, W, 3) to (N, H/16, W/16, 1024)."""
+
+    def __init__(self, depth: int = 50, *, first_strides: bool = False, rngs: nnx.Rngs):
+        self.conv1, self.bn1 = _conv(3, 64, 7, 2, rngs), _norm(64, rngs)
+        channels_in, self.stages = 64, nnx.List()
+        for stage, blocks in enumerate(BLOCKS[depth][:3]):
+            self.stages.append(_stage(channels_in, 64 * 2**stage, blocks, stage > 0, first_strides, rngs))
+            channels_in = 256 * 2**stage
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = nnx.relu(self.bn1(self.conv1(x), use_running_average=not train))
+        x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage in self.stages:
+            for block in stage:
+                x = block(x, train=train)
+        return x
+
+
+class Head(nnx.Module):
+    """The last stage, the mean over the image, and a linear classifier."""
+
+    def __init__(self, depth: int, classes: int, *, first_strides: bool = False, rngs: nnx.Rngs):
+        self.stage = _stage(1024, 512, BLOCKS[depth][3], True, first_strides, rngs)
+        self.classifier = nnx.Linear(2048, classes, rngs=rngs)
+
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """What the classifier sees, shape (N, 2048)."""
+        for block in self.stage:
+            x = block(x, train=train)
+        return jnp.mean(x, axis=(1, 2))
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return self.classifier(self.features(x, train=train))
+
+
+class ResNet(nnx.Module):
+    """A whole network: logits (N, classes) of normalised images (N, H, W, 3)."""
+
+    def __init__(self, depth: int, classes: int, *, first_strides: bool = False, rngs: nnx.Rngs):
+        if depth not in BLOCKS:
+            raise ValueError(f"depth={depth}: choose from {', '.join(map(str, BLOCKS))}.")
+        self.stem = Stem(depth, first_strides=first_strides, rngs=rngs)
+        self.head = Head(depth, classes, first_strides=first_strides, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return self.head(self.stem(x, train=train), train=train)
+
+
+def _stage(channels_in, width, blocks, halves, first_strides, rngs) -> nnx.List:
+    first = Bottleneck(channels_in, width, 2 if halves else 1, first_strides, rngs)
+    rest = [Bottleneck(4 * width, width, 1, first_strides, rngs) for _ in range(blocks - 1)]
+    return nnx.List([first, *rest])
+
+
+# --- pretrained weights
+
+
+def load_weights(module: ResNet, weights: Mapping[str, np.ndarray]) -> None:
+    """Puts the arrays of a torchvision state_dict, PyTorch's axes, into a network; the classifier only if it fits.
+
+    Raises:
+      UserError: if an array is missing or has another shape.
+    """
+    parts = {"stem": module.stem, "head": module.head}
+    for name, (owner, attribute) in _places(parts).items():
+        variable = getattr(owner, attribute)
+        given = weights.get(name)
+        if name.startswith("fc.") and (given is None or given.size != variable[...].size):
+            continue
+        if given is None:
+            raise UserError(f"The weights have no {name}: they are not those of this ResNet.")
+        array = np.asarray(given, np.float32)
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        if array.shape != variable[...].shape:
+            raise UserError(
+                f"{name} has the shape {given.shape}, the network needs {variable[...].shape} in JAX's order."
+            )
+        variable[...] = jnp.asarray(array)
+
+
+def _places(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Where each array of a state_dict belongs: a module and its attribute."""
+    places: dict[str, tuple[Any, str]] = {}
+
+    def norm(name: str, module: nnx.BatchNorm) -> None:
+        names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+        places.update({f"{name}.{theirs}": (module, ours) for theirs, ours in names.items()})
+
+    stem, head = parts["stem"], parts["head"]
+    places["conv1.weight"] = (stem.conv1, "kernel")
+    norm("bn1", stem.bn1)
+    for number, stage in enumerate([*stem.stages, head.stage], 1):
+        for i, block in enumerate(stage):
+            at = f"layer{number}.{i}"
+            for k in (1, 2, 3):
+                places[f"{at}.conv{k}.weight"] = (getattr(block, f"conv{k}"), "kernel")
+                norm(f"{at}.bn{k}", getattr(block, f"bn{k}"))
+            if block.downsample:
+                places[f"{at}.downsample.0.weight"] = (block.downsample[0], "kernel")
+                norm(f"{at}.downsample.1", block.downsample[1])
+    places["fc.weight"], places["fc.bias"] = (head.classifier, "kernel"), (head.classifier, "bias")
+    return places
+
+
+def read_pth(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a state_dict that PyTorch has saved; nothing in the file is executed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            root = pickled.removesuffix("data.pkl")
+            storage = lambda key: archive.read(f"{root}data/{key}")  # noqa: E731
+            content = safe_pickle.load(io.BytesIO(archive.read(pickled)), storage)
+            return {name: np.asarray(array) for name, array in content.items()}
+    except Exception as error:  # a damaged archive can fail in any way
+        raise UserError(f"{path} is not a state_dict of PyTorch ({type(error).__name__}: {error}).") from None
+
+
+def read_keras(path: Path) -> dict[str, np.ndarray]:
+    """Weights of Keras's first ResNet-50 as a state_dict; they are for ``first_strides`` and :data:`KERAS_MEAN`.
+
+    Biases of convolutions become part of the means of batch normalisation, another ε part of its variances, and the
+    input is RGB in units of ``STD``.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return _from_keras(arrays)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} does not hold the weights of Keras's ResNet-50 ({error}).") from None
+
+
+KERAS_MEAN = tuple(value / 255 for value in (123.68, 116.779, 103.939))
+
+
+def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    out = {}
+
+    def unit(theirs: Sequence[str], conv: str, norm: str) -> None:
+        kernel = arrays[f"{theirs[0]}/kernel"]
+        if conv == "conv1":
+            kernel = kernel[:, :, ::-1] * 255 * np.array(STD)[:, None]
+        out[f"{conv}.weight"] = kernel.transpose(3, 2, 0, 1)
+        for ours, name in (("weight", "gamma"), ("bias", "beta")):
+            out[f"{norm}.{ours}"] = arrays[f"{theirs[1]}/{name}"]
+        out[f"{norm}.running_mean"] = arrays[f"{theirs[1]}/moving_mean"] - arrays[f"{theirs[0]}/bias"]
+        out[f"{norm}.running_var"] = arrays[f"{theirs[1]}/moving_variance"] + (1e-3 - 1e-5)
+
+    unit(("conv1", "bn_conv1"), "conv1", "bn1")
+    for number, blocks in enumerate(BLOCKS[50], 1):
+        for i in range(blocks):
+            at, name = f"layer{number}.{i}", f"{number + 1}{'abcdef'[i]}_branch"
+            for k, branch in enumerate(("2a", "2b", "2c"), 1):
+                unit((f"res{name}{branch}", f"bn{name}{branch}"), f"{at}.conv{k}", f"{at}.bn{k}")
+            if i == 0:
+                unit((f"res{name}1", f"bn{name}1"), f"{at}.downsample.0", f"{at}.downsample.1")
+    out["fc.weight"], out["fc.bias"] = arrays["fc1000/kernel"].T, arrays["fc1000/bias"]
+    return out
