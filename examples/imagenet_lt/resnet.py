@@ -118,14 +118,13 @@ def _stage(channels_in, width, blocks, halves, first_strides, rngs) -> nnx.List:
 # --- pretrained weights
 
 
-def load_weights(module: ResNet, weights: Mapping[str, np.ndarray]) -> None:
+def load_weights(weights: Mapping[str, np.ndarray], *, stem: Stem | None = None, head: Head | None = None) -> None:
     """Puts the arrays of a torchvision state_dict, PyTorch's axes, into a network; the classifier only if it fits.
 
     Raises:
       UserError: if an array is missing or has another shape.
     """
-    parts = {"stem": module.stem, "head": module.head}
-    for name, (owner, attribute) in _places(parts).items():
+    for name, (owner, attribute) in _places(stem, head).items():
         variable = getattr(owner, attribute)
         given = weights.get(name)
         if name.startswith("fc.") and (given is None or given.size != variable[...].size):
@@ -141,7 +140,7 @@ def load_weights(module: ResNet, weights: Mapping[str, np.ndarray]) -> None:
         variable[...] = jnp.asarray(array)
 
 
-def _places(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def _places(stem: Stem | None, head: Head | None) -> dict[str, tuple[Any, str]]:
     """Where each array of a state_dict belongs: a module and its attribute."""
     places: dict[str, tuple[Any, str]] = {}
 
@@ -149,10 +148,11 @@ def _places(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
         places.update({f"{name}.{theirs}": (module, ours) for theirs, ours in names.items()})
 
-    stem, head = parts["stem"], parts["head"]
-    places["conv1.weight"] = (stem.conv1, "kernel")
-    norm("bn1", stem.bn1)
-    for number, stage in enumerate([*stem.stages, head.stage], 1):
+    if stem is not None:
+        places["conv1.weight"] = (stem.conv1, "kernel")
+        norm("bn1", stem.bn1)
+    stages = [*(enumerate(stem.stages, 1) if stem else ()), *([(4, head.stage)] if head else ())]
+    for number, stage in stages:
         for i, block in enumerate(stage):
             at = f"layer{number}.{i}"
             for k in (1, 2, 3):
@@ -161,7 +161,8 @@ def _places(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             if block.downsample:
                 places[f"{at}.downsample.0.weight"] = (block.downsample[0], "kernel")
                 norm(f"{at}.downsample.1", block.downsample[1])
-    places["fc.weight"], places["fc.bias"] = (head.classifier, "kernel"), (head.classifier, "bias")
+    if head is not None:
+        places["fc.weight"], places["fc.bias"] = (head.classifier, "kernel"), (head.classifier, "bias")
     return places
 
 

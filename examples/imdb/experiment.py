@@ -11,7 +11,7 @@ from examples.imdb.task import Imdb
 from examples.lab.config import Run
 from examples.lab.experiment import Experiment
 from examples.lab.recipe import Recipe
-from examples.lab.schedule import two_stages
+from examples.lab.schedule import thirds, two_stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,10 @@ class ImdbRecipe(Recipe):
 def make_run(recipe: ImdbRecipe) -> Run:
     """The paper's two stages."""
     epochs, rate = recipe.epochs, recipe.rate
-    first, turn = round(epochs / 3), round(2 * epochs / 3)
-    lines = [(first, (rate,) * 2), (turn - first, (rate / 100,) * 2), (epochs - turn, (rate / 10_000,) * 2)]
     stages = two_stages(
         recipe,
-        [(epochs, (rate, 0.0))] if recipe.falling else lines,
-        turn,
+        [(epochs, (rate, 0.0))] if recipe.falling else thirds(epochs, rate),
+        turn=round(2 * epochs / 3),
         batch_size=recipe.batch_size,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,

@@ -60,7 +60,7 @@ class Imdb(Task):
             test=split(test, np.arange(len(test.labels))),
             validation=split(train, validation) if self.validation else None,
             held_out=split(train, np.concatenate([negative[-10:], positive[:10]])),
-            vocabulary=numbers,
+            pretrained=numbers,
         )
 
     def batch(self, split, indices):
@@ -77,7 +77,7 @@ class Imdb(Task):
     def calibrate(self, params, rest, data):
         if self.glove is not None:
             table = np.array(params["embedding"]["embedding"][...])
-            for number, vector in read_glove(Path(self.glove), data.vocabulary, self.embedding).items():
+            for number, vector in read_glove(Path(self.glove), data.pretrained, self.embedding).items():
                 table[number] = vector
             params["embedding"]["embedding"][...] = jnp.asarray(table)
         return params, rest

@@ -3,19 +3,27 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is renamed to ``path`` when all is written. The folder is made where missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes aside, then renames. The folder is made where missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
+    with aside(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:

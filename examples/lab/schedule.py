@@ -44,6 +44,12 @@ def two_stages(
     return tuple(stages)
 
 
+def thirds(epochs: int, rate: float) -> list[Line]:
+    """The learning rate of the paper's text and X-ray experiments: divided by 100, then by 10,000."""
+    first, second = round(epochs / 3), round(2 * epochs / 3)
+    return [(first, (rate,) * 2), (second - first, (rate / 100,) * 2), (epochs - second, (rate / 10_000,) * 2)]
+
+
 def _cut(lines: Iterable[Line], turn: int, by_epoch: bool) -> Iterator[Line]:
     """The lines with one that contains the epoch ``turn`` cut there; lines without epochs are left out."""
     begin = 0

@@ -24,7 +24,7 @@ class Data(NamedTuple):
     test: Split
     validation: Split | None = None
     held_out: Split | None = None  # a few examples of each class, for methods that learn weights on them
-    vocabulary: Any = None  # what else the network's first parameters are made of
+    pretrained: Any = None  # what the network's first parameters are made of
     clean: np.ndarray | None = None  # the true labels of the training set, where the given ones may be wrong
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from examples.lab import checkpoint, classifiers, evaluate, plan
 from examples.lab.config import Run, stack
-from examples.lab.errors import OutOfTimeError
+from examples.lab.errors import OutOfTimeError, UsageError
 from examples.lab.input_pipeline import (
     HELD_OUT,
     STEPS,
@@ -175,6 +175,8 @@ class _Batches:
         wrong = np.zeros(len(labels), bool) if data.clean is None else data.clean != labels
         self.facts = self.spread(Facts(np.bincount(labels, minlength=run.task.classes), self.steps, wrong), P())
         self.train, self.held_out = data.train, data.held_out if self.stage.method.needs_held_out else None
+        if self.stage.method.needs_held_out and data.held_out is None:
+            raise UsageError(f"{type(self.stage.method).__name__} needs held-out examples, and {self.task} has none.")
         if not self.task.streamed:
             self.train, self.held_out = self.spread((self.train, self.held_out), P())
         self.lengths = self.task.lengths(data.train)

@@ -123,7 +123,7 @@ def test_glove_vectors_are_where_words_begin(folder, tmp_path):
     _, params, rest = nnx.split(task.network("ce", nnx.Rngs(0)), nnx.Param, ...)
     before = np.array(params["embedding"]["embedding"][...])
     after = np.asarray(task.calibrate(params, rest, loaded)[0]["embedding"]["embedding"][...])
-    film = loaded.vocabulary["film"]
+    film = loaded.pretrained["film"]
     np.testing.assert_array_equal(after[film], [1, 2, 3])
     np.testing.assert_array_equal(np.delete(after, film, 0), np.delete(before, film, 0))
     for text in ("film 1 2", "film 1 2 x"):

@@ -1,0 +1,113 @@
+"""X-rays as what a pretrained ResNet-50 makes of them before its last stage, which is trained."""
+
+import dataclasses
+import hashlib
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from examples.cifar_lt.imbalance import class_counts, subset
+from examples.covid_lt.data import CLASSES, Xrays, covid_lt, read_npz, split_by_patient
+from examples.imagenet_lt.resnet import KERAS_MEAN, STD, Head, Stem, load_weights, read_keras
+from examples.lab import files
+from examples.lab.errors import UsageError
+from examples.lab.task import Data, Split, Task, module_of
+
+WEIGHTS = Path("resnet50-imagenet") / "weights.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CovidLt(Task):
+    """The fields identify the images; the network is the last stage of a ResNet-50 and a classifier."""
+
+    dataset: str  # covid-lt-10 from the official folders, or xray64-10; the number is the imbalance ratio
+    test_per_class: int = 50
+    size: int = 224  # pixels, of covid-lt
+    validation: float = 0.0
+    subset_seed: int = 0
+
+    classes = len(CLASSES)
+    PARTS = ("all", "classifier")
+
+    @property
+    def parsed(self) -> tuple[str, float]:
+        found = re.fullmatch(r"(covid-lt|xray64)-([0-9.]+)", self.dataset)
+        if not found or float(found[2]) < 1:
+            raise UsageError(f"--dataset {self.dataset}: it should be like covid-lt-10 or xray64-10.")
+        return found[1], float(found[2])
+
+    def load(self, data_dir: Path) -> Data:
+        source, ratio = self.parsed
+        xrays = covid_lt(data_dir, self.size) if source == "covid-lt" else read_npz(data_dir / "xray64.npz")
+        weights = read_keras(data_dir / WEIGHTS)
+        features = lower_layers(xrays, weights, data_dir)
+        test, rest = split_by_patient(xrays, self.test_per_class, self.subset_seed)
+        share = np.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes)).astype(int)
+        held_out = rest[subset(xrays.labels[rest], np.full(self.classes, share.min()), self.subset_seed)]
+        rest = np.setdiff1d(rest, held_out) if self.validation else rest
+        there = np.bincount(xrays.labels[rest], minlength=self.classes)
+        # The largest class is as large as the others allow.
+        n_max = int(min(n * ratio ** (k / (self.classes - 1)) for k, n in enumerate(there)))
+        counts = class_counts("lt", ratio, self.classes, n_max)
+        train = rest[subset(xrays.labels[rest], counts, self.subset_seed)]
+
+        def split(places) -> Split:
+            return Split(features[places], xrays.labels[places])
+
+        return Data(
+            train=split(train),
+            test=split(test),
+            validation=split(held_out) if self.validation else None,
+            pretrained=weights,
+        )
+
+    def network(self, loss, rngs):
+        return Head(50, self.classes, first_strides=True, rngs=rngs)
+
+    def calibrate(self, params, rest, data):
+        module = module_of(self, "ce", params, rest)
+        load_weights(data.pretrained, head=module)
+        _, params, rest = nnx.split(module, nnx.Param, ...)
+        return params, rest
+
+    def augment(self, inputs, key):
+        """The image or its mirror image."""
+        mirrored = jax.random.bernoulli(key, shape=inputs.shape[:1])
+        return jnp.where(mirrored[:, None, None, None], inputs[:, 1], inputs[:, 0])
+
+    def prepare(self, inputs):
+        return inputs if inputs.ndim == 4 else inputs[:, 0]
+
+
+def lower_layers(xrays: Xrays, weights, data_dir: Path) -> np.ndarray:
+    """What the layers below the last stage make of each image and of its mirror image; computed once, then read.
+
+    Returns:
+      Features, shape (N, 2, H/16, W/16, 1024), float32.
+    """
+    digest = hashlib.sha256(xrays.images.tobytes())
+    digest.update(weights["layer3.5.conv3.weight"].tobytes())
+    path = data_dir / "cache" / f"resnet50-{digest.hexdigest()[:16]}.npy"
+    if path.is_file():
+        return np.load(path, mmap_mode="r")
+    stem = Stem(50, first_strides=True, rngs=nnx.Rngs(0))
+    load_weights(weights, stem=stem)
+    graphdef, state = nnx.split(stem)
+
+    @jax.jit
+    def features(state, images):
+        grey = images.astype(jnp.float32)[..., None] / 255
+        x = (grey - jnp.array(KERAS_MEAN)) / jnp.array(STD)
+        run = partial(nnx.merge(graphdef, state), train=False)
+        return jnp.stack([run(x), run(x[:, :, ::-1])], axis=1)
+
+    parts = [np.asarray(features(state, xrays.images[i : i + 50])) for i in range(0, len(xrays.images), 50)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.aside(path) as file:
+        np.save(file, np.concatenate(parts))
+    return np.load(path, mmap_mode="r")
