@@ -86,6 +86,15 @@ def bare(stage: Stage):
     return step
 
 
+def ours(task: Task, stage: Stage):
+    """The laboratory's step."""
+
+    def step(state, batch, indices, facts):
+        return train_step(task, stage, state, batch, indices, None, facts)[0]
+
+    return step
+
+
 def measure(options: Options) -> list[Record]:
     """A record for each number of classes and each loss, under ABSGD."""
     records: list[Record] = []
@@ -99,12 +108,8 @@ def measure(options: Options) -> list[Record]:
         alternatives = {}
         for name in (BARE, *LOSSES):
             stage = Stage(epochs=1, rate=(0.1, 0.0), loss=name, method=Absgd(1.0), batch_size=options.batch_size)
-
-            def step(state, batch, indices, facts, stage=stage, task=task):
-                return train_step(task, stage, state, batch, indices, None, facts)[0]
-
             init = partial(first_state, task, stage, (options.batch_size, classes), 0)
-            step = bare(stage) if name == BARE else step
+            step = bare(stage) if name == BARE else ours(task, stage)
             alternatives[name] = programs.compile_step(step, init, *arguments)
         _, ratios = programs.time_ratios(alternatives, arguments, options.rounds, most_seconds=options.most_seconds)
         base = programs.figures(alternatives[BARE].compiled)

@@ -81,7 +81,7 @@ def variance_reduced(rate: float, a: float) -> Algorithm:
         direction, state = recover.direction(gradient, w, state)
         return w - rate * direction, state
 
-    return recover.init, update
+    return partial(recover.init, size=(0, 0)), update
 
 
 # The powers of T of the rate and of γ (or a), and what they make.

@@ -59,7 +59,7 @@ def _chexpert(folder: Path) -> pd.DataFrame:
     )
     found = pd.DataFrame({"path": [folder / path for path in table["Path"]], "label": label})
     found["patient"] = table["Path"].str.extract(r"(patient\d+)", expand=False).to_numpy()
-    return found[found.label >= 0]
+    return found.loc[found["label"] >= 0, :]
 
 
 def _collection(folder: Path) -> pd.DataFrame:

@@ -72,7 +72,8 @@ class Stem(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x), use_running_average=not train))
-        x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        around: Any = ((1, 1), (1, 1))  # pyright knows only its strings
+        x = nnx.max_pool(x, (3, 3), (2, 2), around)
         for stage in self.stages:
             for block in stage:
                 x = block(x, train=train)

@@ -47,7 +47,8 @@ def two_stages(
 def thirds(epochs: int, rate: float) -> list[Line]:
     """The learning rate of the paper's text and X-ray experiments: divided by 100, then by 10,000."""
     first, second = round(epochs / 3), round(2 * epochs / 3)
-    return [(first, (rate,) * 2), (second - first, (rate / 100,) * 2), (epochs - second, (rate / 10_000,) * 2)]
+    low, lowest = rate / 100, rate / 10_000
+    return [(first, (rate, rate)), (second - first, (low, low)), (epochs - second, (lowest, lowest))]
 
 
 def _cut(lines: Iterable[Line], turn: int, by_epoch: bool) -> Iterator[Line]:

@@ -29,9 +29,9 @@ class State(NamedTuple):
 class Facts(NamedTuple):
     """What a step knows of the training set."""
 
-    counts: jax.Array  # examples of each class, shape=(C,)
+    counts: Any  # examples of each class, shape=(C,)
     steps: Any  # in an epoch
-    wrong: jax.Array  # shape=(N,), dtype=bool; whether an example's label is known to be wrong
+    wrong: Any  # shape=(N,), dtype=bool; whether an example's label is known to be wrong
 
 
 class Metrics(NamedTuple):

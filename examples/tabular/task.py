@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,15 +46,17 @@ class Tabular(Task):
             if train.inputs.shape[1] != FEATURES["adult"]:
                 raise UserError(f"{data_dir / 'adult'} lacks some categories. Get the files from {URL}.")
         else:
-            inputs, labels = SHIPPED[self.dataset](return_X_y=True)
-            train, test = self._split(Split(inputs, labels), 0.3)
+            table: Any = SHIPPED[self.dataset]()
+            train, test = self._split(Split(table["data"], table["target"]), 0.3)
         validation = None
         if self.validation:
             train, validation = self._split(train, self.validation)
-        scale = StandardScaler().fit(train.inputs).transform
-        parts = [part and Split(scale(part.inputs).astype(np.float32), part.labels.astype(np.int32))
-                 for part in (train, test, validation)]  # fmt: skip
-        return Data(*parts)
+        scaler = StandardScaler().fit(train.inputs)
+
+        def scaled(rows: Split) -> Split:
+            return Split(np.float32(scaler.transform(rows.inputs)), np.int32(rows.labels))
+
+        return Data(scaled(train), scaled(test), validation and scaled(validation))
 
     def _split(self, rows: Split, part: float) -> tuple[Split, Split]:
         x, other_x, y, other_y = train_test_split(
@@ -88,7 +91,11 @@ def adult(folder: Path) -> tuple[Split, Split]:
     whole = pd.concat(tables, keys=("train", "test"))
     labels = whole.pop("income").str.rstrip(".") == ">50K"
     inputs = pd.get_dummies(whole)
-    return tuple(Split(inputs.loc[part].to_numpy(float), labels.loc[part].to_numpy()) for part in ("train", "test"))
+
+    def part(name: str) -> Split:
+        return Split(inputs.loc[name].to_numpy(float), labels.loc[name].to_numpy())
+
+    return part("train"), part("test")
 
 
 def _read(path: Path, skip: int) -> pd.DataFrame:
