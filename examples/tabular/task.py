@@ -54,7 +54,7 @@ class Tabular(Task):
         scaler = StandardScaler().fit(train.inputs)
 
         def scaled(rows: Split) -> Split:
-            return Split(np.float32(scaler.transform(rows.inputs)), np.int32(rows.labels))
+            return Split(np.asarray(scaler.transform(rows.inputs), np.float32), np.asarray(rows.labels, np.int32))
 
         return Data(scaled(train), scaled(test), validation and scaled(validation))
 
