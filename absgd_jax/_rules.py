@@ -176,8 +176,11 @@ def _fraction_rule(fraction, sign, step_size, batch_size):
     number = concrete(fraction)
     if number is not None and not 0 < number < 1:
         raise ValueError(f"fraction={fraction!r}: it must lie between 0 and 1, both excluded; 1 would be SGD.")
-    check_positive("step_size", step_size)
     rho = -math.log(number) if number is not None else -jnp.log(fraction)
+    if step_size is None:
+        slow = 0.015 / rho  # a λ that comes down in fewer than 150 steps can give up classes
+        step_size = min(0.03, slow) if number is not None else jnp.minimum(0.03, slow)
+    check_positive("step_size", step_size)
     if batch_size is not None:
         check_radius(rho, batch_size)
     return Rule(Partial(_within_fraction, rho, sign, step_size), rho)
@@ -191,7 +194,7 @@ def _within_fraction(rho, sign, step_size, state, kl):
     return _mirror_step(rho, step_size, start, state.temperature, kl)
 
 
-def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_size: int | None = None) -> Rule:
+def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, batch_size: int | None = None) -> Rule:
     r"""A temperature λ < 0 that trusts a fraction of the data, given as ``temperature=``, for wrong labels.
 
     Weights that are uniform on a fraction φ of a batch and 0 elsewhere lie
@@ -209,9 +212,10 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_si
 
     Args:
       fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Rather too large than too small: where most labels
-        are wrong, trusting too few can give up whole classes unless ``step_size`` is smaller too.
-      step_size: η, the relative change of λ for each nat and step. λ needs about log(10)/(η ρ) steps to come down;
-        a smaller η gives the network more time to learn its classes first.
+        are wrong, trusting too few can give up whole classes.
+      step_size: η, the relative change of λ for each nat and step. λ needs about log(10)/(η ρ) steps to come down, and
+        the network needs this time to learn its classes. Default: 0.03, less for fractions below 0.6, so that it is
+        never fewer than 150.
       batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
 
     Returns:
@@ -233,7 +237,7 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_si
     return _fraction_rule(fraction, -1, step_size, batch_size)
 
 
-def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_size: int | None = None) -> Rule:
+def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, batch_size: int | None = None) -> Rule:
     r"""A temperature λ > 0 that focuses on a fraction of the data, given as ``temperature=``, for hard examples.
 
     The conditional value at risk of level α is the mean loss of the hardest fraction α; its weights are uniform there
@@ -247,7 +251,7 @@ def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_si
     Args:
       fraction: α, the fraction of the batch that is to count, between 0 and 1. 0.7 is mild, 0.1 is strong: bound the
         weights with ``max_weight=`` as well, at a few times 1/α.
-      step_size: η, the relative change of λ for each nat and step.
+      step_size: η, the relative change of λ for each nat and step. Default: as for :func:`trust_fraction`.
       batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
 
     Returns:

@@ -74,6 +74,18 @@ def test_losses_of_zero_leave_a_fraction_at_infinity_until_there_is_a_scale():
     assert state.temperature == -10
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(("fraction", "steps"), [(0.05, 154), (0.3, 154), (0.5, 154), (0.6, 154), (0.7, 216), (0.9, 729)])
+def test_lambda_takes_its_time_to_come_down(fraction, steps, traced):
+    def tenth(fraction):
+        """Steps of weights that stay even until λ is a tenth of its start."""
+        state = absgd_jax.weight_by_absgd(-10.0).init()
+        after = trust_fraction(fraction).at(state._replace(temperature=jnp.float32(-10)), jnp.float32(0))
+        return jnp.ceil(jnp.log(10) / jnp.log(-10 / after))
+
+    assert abs(float((jax.jit(tenth) if traced else tenth)(fraction)) - steps) <= 1
+
+
 @pytest.mark.parametrize("make", [trust_fraction, focus_fraction])
 @pytest.mark.parametrize("bad", [0, 1, -0.2, 1.5, float("nan"), np.float32(0.0)])
 def test_a_fraction_outside_0_and_1_is_refused(make, bad):

@@ -24,7 +24,7 @@ class Absgd:
     gamma: float = 0.9
     log_alpha: float | None = None  # of SCENT's rule, in place of γ
     max_weight: float = math.inf
-    step_size: float = 0.03  # of a λ that is found while training
+    step_size: float | None = None  # of a λ that is found while training; None is the library's
 
     needs_held_out = False
 
