@@ -14,25 +14,24 @@ def pad(images: jax.Array, pixels: int = PAD, mode: str = "constant") -> jax.Arr
     return jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode=mode)
 
 
-def crop_and_flip(padded: jax.Array, batch: jax.Array, key: jax.Array, pixels: int = PAD) -> jax.Array:
-    """A random crop, mirrored half of the time, of each image of a batch, in one gather.
+def crop_and_flip(framed: jax.Array, key: jax.Array, pixels: int = PAD) -> jax.Array:
+    """A random crop, mirrored half of the time, of each image, in one gather.
 
     Args:
-      padded: framed images, shape (N, 40, 40, 3).
-      batch: indices of the batch's images, shape (B,).
+      framed: images with their frames, shape (B, 40, 40, 3).
       key: the random key.
       pixels: the width of the frame.
 
     Returns:
       Images, shape (B, 32, 32, 3).
     """
+    size = len(framed)
     corner_key, flip_key = jax.random.split(key)
-    top, left = jax.random.randint(corner_key, (2, batch.size, 1), 0, 2 * pixels + 1)
-    flip = jax.random.bernoulli(flip_key, shape=(batch.size, 1))
+    top, left = jax.random.randint(corner_key, (2, size, 1), 0, 2 * pixels + 1)
+    flip = jax.random.bernoulli(flip_key, shape=(size, 1))
     along = jnp.arange(SIZE)
-    rows = top + along
-    columns = left + jnp.where(flip, along[::-1], along)
-    return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+    rows, columns = top + along, left + jnp.where(flip, along[::-1], along)
+    return framed[jnp.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def normalise(images: jax.Array) -> jax.Array:

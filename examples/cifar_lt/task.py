@@ -117,7 +117,7 @@ class Cifar(Task):
 
     def augment(self, inputs, key):
         frame = pad(inputs, self.shift, "reflect" if self.network_name == "shallow" else "constant")
-        return crop_and_flip(frame, jnp.arange(len(inputs)), key, self.shift)
+        return crop_and_flip(frame, key, self.shift)
 
     def predict(self, module, inputs):
         logits = module(inputs, train=False)
