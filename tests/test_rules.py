@@ -75,7 +75,9 @@ def test_losses_of_zero_leave_a_fraction_at_infinity_until_there_is_a_scale():
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize(("fraction", "steps"), [(0.05, 154), (0.3, 154), (0.5, 154), (0.6, 154), (0.7, 216), (0.9, 729)])
+@pytest.mark.parametrize(
+    ("fraction", "steps"), [(0.05, 154), (0.3, 154), (0.5, 154), (0.6, 154), (0.7, 216), (0.9, 729)]
+)
 def test_lambda_takes_its_time_to_come_down(fraction, steps, traced):
     def tenth(fraction):
         """Steps of weights that stay even until λ is a tenth of its start."""
