@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import re
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -97,17 +96,14 @@ def lower_layers(xrays: Xrays, weights, data_dir: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     stem = Stem(50, first_strides=True, rngs=nnx.Rngs(0))
     load_weights(weights, stem=stem)
-    graphdef, state = nnx.split(stem)
-
-    @jax.jit
-    def features(state, images):
-        grey = images.astype(jnp.float32)[..., None] / 255
-        x = (grey - jnp.array(KERAS_MEAN)) / jnp.array(STD)
-        run = partial(nnx.merge(graphdef, state), train=False)
-        return jnp.stack([run(x), run(x[:, :, ::-1])], axis=1)
-
-    parts = [np.asarray(features(state, xrays.images[i : i + 50])) for i in range(0, len(xrays.images), 50)]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [np.asarray(_features(stem, xrays.images[i : i + 50])) for i in range(0, len(xrays.images), 50)]
     with files.aside(path) as file:
         np.save(file, np.concatenate(parts))
     return np.load(path, mmap_mode="r")
+
+
+@nnx.jit
+def _features(stem: Stem, images: jax.Array) -> jax.Array:
+    grey = images.astype(jnp.float32)[..., None] / 255
+    x = (grey - jnp.array(KERAS_MEAN)) / jnp.array(STD)
+    return jnp.stack([stem(x, train=False), stem(x[:, :, ::-1], train=False)], axis=1)

@@ -201,8 +201,8 @@ def test_runs_can_be_vectorised():
             Absgd(kl_radius=0.7, step_size=0.3),
             absgd_jax.weight_by_absgd(absgd_jax.focus_fraction(math.exp(-0.7), step_size=0.3)),
         ),
-        (Absgd(trust=0.6), absgd_jax.weight_by_absgd(absgd_jax.trust_fraction(0.6, step_size=0.03))),
-        (Absgd(focus=0.6), absgd_jax.weight_by_absgd(absgd_jax.focus_fraction(0.6, step_size=0.03))),
+        (Absgd(trust=0.6), absgd_jax.weight_by_absgd(absgd_jax.trust_fraction(0.6))),
+        (Absgd(focus=0.6), absgd_jax.weight_by_absgd(absgd_jax.focus_fraction(0.6))),
     ],
 )
 def test_absgd_s_gradient_is_that_of_losses_weighted_by_hand(method, weighting):
