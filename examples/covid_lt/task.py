@@ -96,7 +96,9 @@ def lower_layers(xrays: Xrays, weights, data_dir: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     stem = Stem(50, first_strides=True, rngs=nnx.Rngs(0))
     load_weights(weights, stem=stem)
-    parts = [np.asarray(_features(stem, xrays.images[i : i + 50])) for i in range(0, len(xrays.images), 50)]
+    parts = [
+        np.asarray(_features(stem, jnp.asarray(xrays.images[i : i + 50]))) for i in range(0, len(xrays.images), 50)
+    ]
     with files.aside(path) as file:
         np.save(file, np.concatenate(parts))
     return np.load(path, mmap_mode="r")
