@@ -131,8 +131,8 @@ def test_the_truth_is_one():
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_grad_is_one_device(name, how, slices):
     loss, params, spec = LOSSES[name]
-    if name == "experts" and slices == 2:
-        return  # four examples a device do not go to eight experts
+    if slices == 2 and (name == "experts" or how not in ("check_vma", "pmap")):
+        return  # four examples a device do not go to eight experts; slices do not ask how devices are spread
     for lam in (1.0, -1.5, INF):
         options = {"num_microbatches": slices, "axis_name": "data", "sharded": spec != P()}
         f = absgd_jax.value_and_grad(lambda p, x, y: loss(p, x, y, "data"), **options)

@@ -186,13 +186,17 @@ def test_rules_work_in_the_optimizers_under_injection_and_apply_if_finite():
     for wrap in (lambda o: o, lambda o: optax.apply_if_finite(o, 3)):
         optimizer = wrap(absgd_jax.absgd(0.1, trust_fraction(0.6), momentum=None))
         state, f = optimizer.init(w), absgd_jax.value_and_grad(lambda w, x: x * (1 + w), with_kl=True)
-        for batch in mixture(40):
+
+        @jax.jit
+        def after(state, batch, f=f, optimizer=optimizer):
             (risk, kl), grad = f(w, batch, state=state)
-            _, state = optimizer.update(grad, state, w, value=risk, kl=kl)
+            return optimizer.update(grad, state, w, value=risk, kl=kl)[1]
+
+        for batch in mixture(40):
+            state = after(state, batch)
         lam = optax.tree.get(state, "temperature")
         before = jax.tree.map(jnp.copy, state)
-        (risk, kl), grad = f(w, jnp.full(250, jnp.nan), state=state)
-        _, state = optimizer.update(grad, state, w, value=risk, kl=kl)
+        state = after(state, jnp.full(250, jnp.nan))
         assert optax.tree.get(state, "temperature") == lam  # a broken batch moves no λ
         assert optax.tree.get(state, "risk") == optax.tree.get(before, "risk")
     injected = optax.inject_hyperparams(partial(absgd_jax.absgd, temperature=trust_fraction(0.6)))(0.1)

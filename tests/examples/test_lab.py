@@ -260,10 +260,8 @@ def test_killed_runs_go_on_and_a_second_process_is_kept_out(tmp_path):
     first.communicate()
     done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    once = subprocess.run(
-        command(*arguments[:6], "--out", tmp_path / "once", "--work", tmp_path / "once-work"), cwd=ROOT
-    )
-    assert once.returncode == 0
+    once = [*map(str, arguments[:6]), "--out", str(tmp_path / "once"), "--work", str(tmp_path / "once-work")]
+    assert cli.main(EXPERIMENT, once) == 0
     files = sorted(path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/tiny/clouds/*.json"))
     assert len(files) == 5  # SGD with two losses, two runs to choose a strength by, and the run with it
     for name in files:
