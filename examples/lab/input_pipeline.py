@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import partial
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +54,8 @@ def by_length(key: jax.Array, lengths: jax.Array, *, steps: int, batch_size: int
 
 def stream(task: Task, split: Split, order: np.ndarray) -> Iterator[Split]:
     """The batches of an epoch in the order of its steps, made ahead by other threads."""
+    import grain  # not by those who do not stream: it warns about older versions of JAX
+
     batches = grain.MapDataset.source(range(len(order))).map(lambda step: task.batch(split, order[step]))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)))
 
