@@ -24,6 +24,7 @@ from benchmarks.harness import programs
 from benchmarks.harness.records import Record, publish, table
 from examples.lab import style
 from examples.lab.config import Stage
+from examples.lab.errors import UserError
 from examples.lab.losses import LOSSES
 from examples.lab.methods.absgd import Absgd
 from examples.lab.task import Split, Task
@@ -63,6 +64,9 @@ class Linear(Task):
 
     features: int
     classes: int
+
+    def load(self, data_dir):
+        raise UserError(f"{self} has no data: its batches are random.")
 
     def network(self, loss, rngs):
         return Classifier(self.features, self.classes, rngs)

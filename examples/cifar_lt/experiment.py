@@ -26,7 +26,6 @@ class CifarRecipe(Recipe):
     network: str = "shallow"
     """shallow, or resnet-<depth>-<channels of the first stage>."""
     epochs: int = 18
-    """All epochs."""
     begin: float = 0.8
     """Part of the epochs before the second stage: λ, class weights, batches and trained layers change there."""
     rate: float = 0.05
@@ -35,12 +34,8 @@ class CifarRecipe(Recipe):
     """Factor on the learning rate in the second stage."""
     decay: float = 0.01
     """Of a ResNet: factor on the learning rate after 80 %, and again after 90 % of the epochs."""
-    momentum: float = 0.9
-    """Momentum."""
     weight_decay: float = 1e-3
-    """Weight decay."""
     batch_size: int = 64
-    """Images in a step."""
     trained: str = "all"
     """What the second stage trains: all, last-block (with the classifier) or classifier."""
     mixup: bool = False
@@ -65,14 +60,8 @@ class CifarRecipe(Recipe):
             f"--network {self.network}: shallow, or resnet-<depth>-<channels> with a depth of 6n + 2": self.network
             == "shallow"
             or (depth >= 8 and depth % 6 == 2 and int(parts[2]) >= 1),
-            f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
-            f"--begin {self.begin}: it must be from 0 to 1": 0 <= self.begin <= 1,
-            f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
             f"--second-rate {self.second_rate}: it must be above 0 and finite": 0 < self.second_rate < math.inf,
             f"--decay {self.decay}: it must be above 0 and at most 1": 0 < self.decay <= 1,
-            f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
-            f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
-            f"--batch-size {self.batch_size}: it must be at least 1": self.batch_size >= 1,
             f"--trained {self.trained}: choose from {', '.join(Cifar.PARTS)}": self.trained in Cifar.PARTS,
             f"--n-max {self.n_max}: it must be at least 1": self.n_max is None or self.n_max >= 1,
             f"--test-per-class {self.test_per_class}: it must be from 1 to 1000": (
@@ -91,12 +80,8 @@ def make_run(recipe: CifarRecipe) -> Run:
     stages = two_stages(
         recipe,
         _lines(recipe),
-        turn=round(recipe.begin * recipe.epochs),
         second_rate=recipe.second_rate,
         second={"trained": recipe.trained},
-        batch_size=recipe.batch_size,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
         nesterov=recipe.network == "shallow",
         rate_by_epoch=recipe.network != "shallow",
         mixup=recipe.mixup,

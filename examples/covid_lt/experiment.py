@@ -4,7 +4,6 @@ python -m examples.covid_lt sweep --data-dir data
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 from examples.covid_lt.task import CovidLt
@@ -21,42 +20,24 @@ class CovidRecipe(Recipe):
     dataset: str = "covid-lt-10"
     """covid-lt-<ratio>, or the stand-in xray64-<ratio>."""
     epochs: int = 90
-    """All epochs."""
     begin: float = 0.0
     """Part of the epochs before λ and class weights apply; deferred re-weighting begins after a third."""
     rate: float = 0.1
     """Learning rate; divided by 100 after a third of the epochs, and by 10,000 after two thirds."""
-    momentum: float = 0.9
-    """Momentum."""
     weight_decay: float = 5e-4
-    """Weight decay."""
     batch_size: int = 256
-    """X-rays in a step."""
     test_per_class: int = 100
     """Test images of each class."""
 
     def rules(self):
         return super().rules() | {
-            f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
-            f"--begin {self.begin}: it must be from 0 to 1": 0 <= self.begin <= 1,
-            f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
-            f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
-            f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
-            f"--batch-size {self.batch_size}: it must be at least 1": self.batch_size >= 1,
             f"--test-per-class {self.test_per_class}: it must be at least 1": self.test_per_class >= 1,
         }
 
 
 def make_run(recipe: CovidRecipe) -> Run:
     """The pretrained network takes the place of a first stage; class weights wait for the first fall of the rate."""
-    stages = two_stages(
-        recipe,
-        thirds(recipe.epochs, recipe.rate),
-        turn=round(recipe.begin * recipe.epochs),
-        batch_size=recipe.batch_size,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
+    stages = two_stages(recipe, thirds(recipe.epochs, recipe.rate))
     task = CovidLt(
         dataset=recipe.dataset,
         test_per_class=recipe.test_per_class,

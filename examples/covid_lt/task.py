@@ -31,7 +31,6 @@ class CovidLt(Task):
     subset_seed: int = 0
 
     classes = len(CLASSES)
-    PARTS = ("all", "classifier")
 
     @property
     def parsed(self) -> tuple[str, float]:
@@ -47,8 +46,8 @@ class CovidLt(Task):
         features = lower_layers(xrays, weights, data_dir)
         test, rest = split_by_patient(xrays, self.test_per_class, self.subset_seed)
         share = np.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes)).astype(int)
-        held_out = rest[subset(xrays.labels[rest], np.full(self.classes, share.min()), self.subset_seed)]
-        rest = np.setdiff1d(rest, held_out) if self.validation else rest
+        kept = rest[subset(xrays.labels[rest], np.full(self.classes, share.min()), self.subset_seed)]
+        rest = np.setdiff1d(rest, kept) if self.validation else rest
         there = np.bincount(xrays.labels[rest], minlength=self.classes)
         # The largest class is as large as the others allow.
         n_max = int(min(n * ratio ** (k / (self.classes - 1)) for k, n in enumerate(there)))
@@ -61,7 +60,7 @@ class CovidLt(Task):
         return Data(
             train=split(train),
             test=split(test),
-            validation=split(held_out) if self.validation else None,
+            validation=split(kept) if self.validation else None,
             pretrained=weights,
         )
 

@@ -19,7 +19,7 @@ from examples.cifar_lt import safe_pickle
 from examples.lab.errors import UserError
 
 BLOCKS = {10: (1, 1, 1, 1), 50: (3, 4, 6, 3), 152: (3, 8, 36, 3)}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)
 _he = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 

@@ -4,7 +4,6 @@ python -m examples.imdb sweep --data-dir data
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 from examples.imdb.task import Imdb
@@ -21,17 +20,13 @@ class ImdbRecipe(Recipe):
     dataset: str = "imdb-10"
     """imdb-<percentage of the negative training reviews that are kept>."""
     epochs: int = 90
-    """All epochs; the second stage begins after two thirds of them."""
+    begin: float = 2 / 3
     rate: float = 0.01
     """Learning rate; divided by 100 after a third of the epochs, and by 10,000 after two thirds."""
     falling: bool = False
     """The learning rate falls linearly to 0 instead."""
-    momentum: float = 0.9
-    """Momentum."""
     weight_decay: float = 5e-4
-    """Weight decay."""
     batch_size: int = 128
-    """Reviews in a step."""
     words: int = 20_000
     """Size of the vocabulary."""
     length: int = 200
@@ -44,29 +39,16 @@ class ImdbRecipe(Recipe):
     """A file in GloVe's format, whose vectors the words begin with; by default they are random."""
 
     def rules(self):
-        sizes = ("epochs", "batch_size", "words", "length", "embedding", "hidden")
+        sizes = ("words", "length", "embedding", "hidden")
         return super().rules() | {
-            **{
-                f"--{n.replace('_', '-')} {getattr(self, n)}: it must be at least 1": getattr(self, n) >= 1
-                for n in sizes
-            },
-            f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
-            f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
-            f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
+            f"--{name} {getattr(self, name)}: it must be at least 1": getattr(self, name) >= 1 for name in sizes
         }
 
 
 def make_run(recipe: ImdbRecipe) -> Run:
     """The paper's two stages."""
     epochs, rate = recipe.epochs, recipe.rate
-    stages = two_stages(
-        recipe,
-        [(epochs, (rate, 0.0))] if recipe.falling else thirds(epochs, rate),
-        turn=round(2 * epochs / 3),
-        batch_size=recipe.batch_size,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
+    stages = two_stages(recipe, [(epochs, (rate, 0.0))] if recipe.falling else thirds(epochs, rate))
     fields = ("dataset", "words", "length", "embedding", "hidden", "glove", "validation", "subset_seed")
     task = Imdb(**{name: getattr(recipe, name) for name in fields})
     task.kept  # noqa: B018  a name that is wrong is found before anything is trained

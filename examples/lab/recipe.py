@@ -57,6 +57,18 @@ class Recipe:
     """γ, the weight of the new batch in the running risk."""
     log_alpha: float | None = None
     """log α of SCENT's rule, which sets γ by the running risk."""
+    epochs: int = 10
+    """All epochs."""
+    begin: float = 0.0
+    """Part of the epochs before the second stage."""
+    rate: float = 0.1
+    """The largest learning rate."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    batch_size: int = 128
+    """Examples in a step."""
     balanced_batches: bool = False
     """Re-sampling: all classes are equally likely in a batch."""
     classifier: str | None = None
@@ -99,6 +111,12 @@ class Recipe:
             f"--max-weight {self.max_weight}: it must be above 1": self.max_weight > 1,
             f"--gamma {self.gamma}: it must be above 0 and at most 1": 0 < self.gamma <= 1,
             f"--log-alpha {self.log_alpha}: it must be finite": self.log_alpha is None or math.isfinite(self.log_alpha),
+            f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
+            f"--begin {self.begin}: it must be from 0 to 1": 0 <= self.begin <= 1,
+            f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
+            f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
+            f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
+            f"--batch-size {self.batch_size}: it must be at least 1": self.batch_size >= 1,
             f"--validation {self.validation}: it must be at least 0 and less than 1": 0 <= self.validation < 1,
             f"--seed {self.seed}: it must be from 0 to 2147483647": 0 <= self.seed < 2**31,
             f"--subset-seed {self.subset_seed}: it must be from 0 to 2147483647": 0 <= self.subset_seed < 2**31,

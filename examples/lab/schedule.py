@@ -12,24 +12,24 @@ Line = tuple[int, tuple[float, float]]  # epochs in which the learning rate is l
 def two_stages(
     recipe: Recipe,
     lines: Iterable[Line],
-    turn: int,
     *,
     second_rate: float = 1.0,
     second: Mapping[str, Any] | None = None,
     **shared: Any,
 ) -> tuple[Stage, ...]:
-    """SGD, from the epoch ``turn`` on the recipe's method and class weights, and the classifier that it asks for.
+    """SGD, after a part of the epochs the recipe's method and class weights, and the classifier that it asks for.
 
     Args:
       recipe: what the user asked for.
       lines: the learning rate, line by line.
-      turn: the epoch at which the second stage begins.
       second_rate: factor on the learning rate in the second stage.
       second: other fields of the second stage's :class:`Stage`.
       shared: fields of both.
     """
     loss, second_loss = recipe.losses
-    first = {"loss": loss, "method": SGD, "balanced_batches": recipe.balanced_batches} | shared
+    turn = round(recipe.begin * recipe.epochs)
+    copied = ("batch_size", "momentum", "weight_decay", "balanced_batches")
+    first = {"loss": loss, "method": SGD} | {name: getattr(recipe, name) for name in copied} | shared
     weighted = {"loss": second_loss, "class_weights": recipe.loss.startswith("cb-"), "method": recipe.make_method()}
     stages, done = [], 0
     for epochs, (begin, end) in _cut(lines, turn, shared.get("rate_by_epoch", False)):

@@ -26,6 +26,7 @@ from examples.lab import files, records
 from examples.lab.errors import UserError
 from examples.lab.experiment import TUNING_VALIDATION, Experiment, with_seeds
 from examples.lab.recipe import Recipe
+from examples.lab.report import spread
 
 KEYS = {"preset", "dataset", "baseline", "candidates", "choosing_seeds", "confirmed", "confirming_seeds"}
 
@@ -81,7 +82,7 @@ def markdown(result: list[dict[str, Any]]) -> str:
         row = {"recipe": line["recipe"], "validation accuracy": f"{np.mean(line['validation']):.2f}"}
         row |= {"test accuracy": "not confirmed", "difference": "", "95 % interval": ""}
         if "test" in line:
-            row["test accuracy"] = f"{np.mean(line['test']):.2f} ± {np.std(line['test'], ddof=1):.2f}"
+            row["test accuracy"] = spread(pd.Series(line["test"]))
         if "test" in line and line is not result[0]:
             low, high = stats.ttest_1samp(line["difference"], 0.0).confidence_interval()
             row |= {"difference": f"{np.mean(line['difference']):+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}"}

@@ -1,5 +1,6 @@
 """What an experiment provides: the data and a network. A task is a frozen dataclass whose fields identify both."""
 
+import abc
 import dataclasses
 from functools import lru_cache
 from pathlib import Path
@@ -29,19 +30,19 @@ class Data(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(abc.ABC):
     """Base of the tasks. Subclasses define ``load`` and ``network``, and what of the rest they need."""
 
+    @abc.abstractmethod
     def load(self, data_dir: Path) -> Data:
         """The data in their official layout, or a :class:`examples.lab.errors.UserError` that says how to get them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def network(self, loss: str, rngs: nnx.Rngs) -> nnx.Module:
         """A module that maps prepared inputs to logits as ``module(inputs, train=...)``.
 
         For second-stage classifiers it has ``features`` and a linear layer ``classifier``.
         """
-        raise NotImplementedError
 
     def calibrate(self, params: nnx.State, rest: nnx.State, data: Data) -> tuple[nnx.State, nnx.State]:
         """Initial parameters, and what else the network keeps, where they depend on the training set."""

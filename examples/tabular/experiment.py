@@ -4,7 +4,6 @@ python -m examples.tabular sweep --data-dir data
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 from examples.lab.config import Run
@@ -24,35 +23,15 @@ class TabularRecipe(Recipe):
     """All epochs; the learning rate falls linearly to 0."""
     rate: float = 0.03
     """The learning rate of the first step."""
-    momentum: float = 0.9
-    """Momentum."""
     weight_decay: float = 1e-4
-    """Weight decay."""
     batch_size: int = 128
-    """Rows in a step."""
-
-    def rules(self):
-        return super().rules() | {
-            f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
-            f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
-            f"--momentum {self.momentum}: it must be at least 0 and less than 1": 0 <= self.momentum < 1,
-            f"--weight-decay {self.weight_decay}: it must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
-            f"--batch-size {self.batch_size}: it must be at least 1": self.batch_size >= 1,
-        }
 
 
 def make_run(recipe: TabularRecipe) -> Run:
     """The second stage alone."""
     task = Tabular(dataset=recipe.dataset, validation=recipe.validation, subset_seed=recipe.subset_seed)
     task.classes  # noqa: B018  a name that is wrong is found before anything is trained
-    stages = two_stages(
-        recipe,
-        [(recipe.epochs, (recipe.rate, 0.0))],
-        turn=0,
-        batch_size=recipe.batch_size,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
+    stages = two_stages(recipe, [(recipe.epochs, (recipe.rate, 0.0))])
     return Run(task=task, seed=recipe.seed, stages=stages)
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from flax import nnx
 
 from examples.lab import cli
-from examples.lab.config import SGD, Run, Stage
+from examples.lab.config import Run
 from examples.lab.experiment import Experiment
 from examples.lab.recipe import Recipe
+from examples.lab.schedule import two_stages
 from examples.lab.task import Data, Split, Task
 
 
@@ -45,18 +46,15 @@ class Clouds(Task):
 
 
 def make_run(recipe):
-    first = Stage(epochs=2, rate=(0.1, 0.1), batch_size=40, loss=recipe.loss.removeprefix("cb-"), method=SGD)
-    weighted = recipe.loss.startswith("cb-")
-    second = dataclasses.replace(first, rate=(0.1, 0.0), method=recipe.make_method(), class_weights=weighted)
-    fit = (Stage(classifier=recipe.classifier),) if recipe.classifier else ()
-    stages = (first, dataclasses.replace(second, balanced_batches=recipe.balanced_batches), *fit)
+    half, rate = recipe.epochs // 2, recipe.rate
+    stages = two_stages(recipe, [(half, (rate, rate)), (half, (rate, 0.0))])
     return Run(task=Clouds(validation=recipe.validation), seed=recipe.seed, stages=stages)
 
 
 STRONG = [{"method": "absgd", "temperature": t} for t in (1.0, 5.0)]
 EXPERIMENT = Experiment(
     folder=Path(__file__).parent / "toy",
-    presets={"tiny": Recipe(preset="tiny", dataset="clouds")},
+    presets={"tiny": Recipe(preset="tiny", dataset="clouds", epochs=4, begin=0.5, batch_size=40)},
     tables=lambda dataset: {"1": [{}, *STRONG, {"loss": "cb-ce"}, {"classifier": "ncm"}]},
     make_run=make_run,
     evaluate_every={"tiny": 1},
