@@ -1,9 +1,14 @@
-"""Eight simulated devices for every test; set before JAX is imported anywhere."""
+"""Eight simulated devices for every test, and no optimisation by LLVM: tests compile more than they compute.
+
+Set before JAX is imported anywhere.
+"""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import numpy as np
 import pytest
@@ -15,3 +20,10 @@ def same_numbers_in_any_order(request):
     rng = getattr(getattr(request.node, "module", None), "rng", None)
     if rng is not None:
         rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
+def pytest_collection_modifyitems(config, items):
+    """Coverage is that of the library by its own tests; tracing the others would only take time."""
+    for item in items:
+        if {"examples", "benchmarks"} & set(item.path.relative_to(config.rootpath).parts):
+            item.add_marker(pytest.mark.no_cover)
