@@ -4,6 +4,7 @@ Labels are integers, or probabilities of the shape of the logits where examples 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,5 +27,6 @@ LOSSES: dict[str, Loss] = {
     "focal": lambda logits, labels, counts: losses.focal(logits, labels),
     "ldam": losses.ldam,
     "balanced-softmax": losses.balanced_softmax,  # at τ = 1 the logit adjustment is the same loss
+    **{f"logit-adjustment-{tau:g}": partial(losses.logit_adjustment, tau=tau) for tau in (1.25, 1.5, 2.0)},
 }
 NEEDS_COSINES = ("ldam",)  # losses of a normalised classifier
