@@ -1,10 +1,13 @@
-"""The figures of a dataset: gains, accuracy while training, by class, over λ and over the trusted fraction."""
+"""The figures of a dataset (gains, accuracy while training, by class, over λ and over the trusted fraction), and of a
+search.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 
 from examples.lab import style
 
@@ -146,4 +149,20 @@ def fractions(frame: Any):
     axis.set_xlabel("fraction that is trusted")
     axis.set_ylabel("test accuracy, %")
     axis.legend()
+    return figure
+
+
+def differences(confirmed: list[dict[str, Any]]):
+    """What each confirmed recipe of a search gains over the baseline: a dot for each seed, and Student's interval."""
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.3 * len(confirmed)), layout="constrained")
+    for place, line in enumerate(confirmed):
+        mean, interval = np.mean(line["difference"]), stats.ttest_1samp(line["difference"], 0.0).confidence_interval()
+        colour = style.colour(line["method"])
+        axis.plot(interval, [place, place], color=colour, lw=6, alpha=0.5, solid_capstyle="butt")
+        axis.plot(mean, place, "|", color=colour, ms=14, mew=3)
+        axis.plot(line["difference"], np.full(len(line["difference"]), place), ".", color="black", ms=4)
+    axis.set_yticks(range(len(confirmed)), [line["recipe"] for line in confirmed])
+    axis.set_ylim(len(confirmed) - 0.5, -0.5)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlabel("gain over the baseline, points of test accuracy")
     return figure

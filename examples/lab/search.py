@@ -18,11 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from examples.lab import files, records
+from examples.lab import figures, files, records
 from examples.lab.errors import UserError
 from examples.lab.experiment import TUNING_VALIDATION, Experiment, with_seeds
 from examples.lab.recipe import Recipe
@@ -40,7 +41,8 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
       train: trains recipes and writes their records into the folder.
 
     Returns:
-      The result as Markdown, which is also in ``result.md``; its numbers are in ``result.json``.
+      The result as Markdown, which is also in ``result.md``; its numbers are in ``result.json``, its picture in
+      ``result.png``.
     """
     space = _read(folder / "space.json")
     base = experiment.base(space["preset"], space["dataset"])
@@ -64,12 +66,15 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
     train([run for row in (baseline, *best) for run in anew(row)])
     result = []
     for row, scores in by_validation.items():
-        line = {"recipe": row.name.rpartition("-s")[0], "validation": scores.tolist()}
+        line = {"recipe": row.name.rpartition("-s")[0], "method": row.method, "validation": scores.tolist()}
         if row in best or row == baseline:
             test = accuracies(anew(row), "accuracy")
             line |= {"test": test.tolist(), "difference": (test - accuracies(anew(baseline), "accuracy")).tolist()}
         result.append(line)
     files.write_json(folder / "result.json", {"space": space, "result": result})
+    figure = figures.differences([line for line in result[1:] if "difference" in line])
+    figure.savefig(folder / "result.png")
+    plt.close(figure)
     text = markdown(result)
     files.write(folder / "result.md", f"{text}\n".encode())
     return text

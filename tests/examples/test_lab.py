@@ -433,6 +433,7 @@ def test_a_search_confirms_what_validation_chose(space, tmp_path, capsys):
     assert f"{gains.mean() - half:+.2f} to {gains.mean() + half:+.2f}" in text
     assert text.count("not confirmed") == 2
     assert (tmp_path / "result.md").read_text().strip() in text
+    assert (tmp_path / "result.png").is_file()
 
 
 @pytest.mark.parametrize(
