@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from examples.cifar_lt.imbalance import class_counts, subset
-from examples.covid_lt.data import CLASSES, Xrays, covid_lt, read_npz, split_by_patient
-from examples.imagenet_lt.resnet import KERAS_MEAN, STD, Head, Stem, load_weights, read_keras
-from examples.lab import files
+from examples.covid_lt.data import CLASSES, covid_lt, read_npz, split_by_patient
+from examples.imagenet_lt.features import lower_layers
+from examples.imagenet_lt.resnet import Head, load_weights, read_keras
 from examples.lab.errors import UsageError
 from examples.lab.task import Data, Split, Task, module_of
 
@@ -43,7 +43,8 @@ class CovidLt(Task):
         source, ratio = self.parsed
         xrays = covid_lt(data_dir, self.size) if source == "covid-lt" else read_npz(data_dir / "xray64.npz")
         weights = read_keras(data_dir / WEIGHTS)
-        features = lower_layers(xrays, weights, data_dir)
+        name = f"{source}-{hashlib.sha256(xrays.images.tobytes()).hexdigest()[:16]}"
+        features = lower_layers(xrays.images, name, weights, data_dir, first_strides=True)
         test, rest = split_by_patient(xrays, self.test_per_class, self.subset_seed)
         share = np.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes)).astype(int)
         kept = rest[subset(xrays.labels[rest], np.full(self.classes, share.min()), self.subset_seed)]
@@ -80,31 +81,3 @@ class CovidLt(Task):
 
     def prepare(self, inputs):
         return inputs if inputs.ndim == 4 else inputs[:, 0]
-
-
-def lower_layers(xrays: Xrays, weights, data_dir: Path) -> np.ndarray:
-    """What the layers below the last stage make of each image and of its mirror image; computed once, then read.
-
-    Returns:
-      Features, shape (N, 2, H/16, W/16, 1024), float32.
-    """
-    digest = hashlib.sha256(xrays.images.tobytes())
-    digest.update(weights["layer3.5.conv3.weight"].tobytes())
-    path = data_dir / "cache" / f"resnet50-{digest.hexdigest()[:16]}.npy"
-    if path.is_file():
-        return np.load(path, mmap_mode="r")
-    stem = Stem(50, first_strides=True, rngs=nnx.Rngs(0))
-    load_weights(weights, stem=stem)
-    parts = [
-        np.asarray(_features(stem, jnp.asarray(xrays.images[i : i + 50]))) for i in range(0, len(xrays.images), 50)
-    ]
-    with files.aside(path) as file:
-        np.save(file, np.concatenate(parts))
-    return np.load(path, mmap_mode="r")
-
-
-@nnx.jit
-def _features(stem: Stem, images: jax.Array) -> jax.Array:
-    grey = images.astype(jnp.float32)[..., None] / 255
-    x = (grey - jnp.array(KERAS_MEAN)) / jnp.array(STD)
-    return jnp.stack([stem(x, train=False), stem(x[:, :, ::-1], train=False)], axis=1)

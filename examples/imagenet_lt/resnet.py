@@ -19,7 +19,7 @@ from examples.cifar_lt import safe_pickle
 from examples.lab.errors import UserError
 
 BLOCKS = {10: (1, 1, 1, 1), 50: (3, 4, 6, 3), 152: (3, 8, 36, 3)}
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _he = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -97,17 +97,17 @@ class Head(nnx.Module):
         return self.classifier(self.features(x, train=train))
 
 
-class ResNet(nnx.Module):
+class ResNet(Head):
     """A whole network: logits (N, classes) of normalised images (N, H, W, 3)."""
 
     def __init__(self, depth: int, classes: int, *, first_strides: bool = False, rngs: nnx.Rngs):
         if depth not in BLOCKS:
             raise ValueError(f"depth={depth}: choose from {', '.join(map(str, BLOCKS))}.")
+        super().__init__(depth, classes, first_strides=first_strides, rngs=rngs)
         self.stem = Stem(depth, first_strides=first_strides, rngs=rngs)
-        self.head = Head(depth, classes, first_strides=first_strides, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return self.head(self.stem(x, train=train), train=train)
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return super().features(self.stem(x, train=train), train=train)
 
 
 def _stage(channels_in, width, blocks, halves, first_strides, rngs) -> nnx.List:

@@ -3,17 +3,14 @@
 import dataclasses
 import shutil
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from examples.covid_lt import task as covid_task
 from examples.covid_lt.data import CLASSES, Xrays, covid_lt, read_npz, split_by_patient
 from examples.covid_lt.experiment import EXPERIMENT, PRESETS, make_run
-from examples.covid_lt.task import CovidLt, lower_layers
-from examples.imagenet_lt.resnet import KERAS_MEAN, STD, ResNet, load_weights
+from examples.covid_lt.task import CovidLt
 from examples.lab import cli, records
 from examples.lab.errors import UsageError, UserError
 from tests.examples.test_imagenet_resnet import random_weights
@@ -112,25 +109,6 @@ def test_files_that_hold_no_xrays(tmp_path):
 @pytest.fixture(scope="module")
 def weights():
     return random_weights(50, 1000)
-
-
-def test_lower_layers_and_head_are_the_whole_network(weights, tmp_path):
-    few = xrays((1, 1, 1, 1), 2)
-    features = lower_layers(few, weights, tmp_path)
-    assert features.shape == (8, 2, 2, 2, 1024)
-    whole = ResNet(50, 4, first_strides=True, rngs=nnx.Rngs(0))
-    load_weights(weights, stem=whole.stem, head=whole.head)
-    x = (few.images[..., None] / 255 - np.array(KERAS_MEAN)) / np.array(STD)
-    for side, images in enumerate((x, x[:, :, ::-1])):
-        expected = whole(jnp.asarray(images, jnp.float32), train=False)
-        np.testing.assert_allclose(whole.head(features[:, side], train=False), expected, rtol=1e-3, atol=1e-3)
-    (path,) = (tmp_path / "cache").iterdir()
-    before = path.stat().st_mtime_ns
-    np.testing.assert_array_equal(lower_layers(few, weights, tmp_path), features)
-    assert path.stat().st_mtime_ns == before
-    path.rename(path.with_name("of other images.npy"))
-    lower_layers(few._replace(images=few.images + np.uint8(1)), weights, tmp_path)
-    assert path.name not in {other.name for other in (tmp_path / "cache").iterdir()}
 
 
 def test_datasets_by_name():

@@ -103,7 +103,7 @@ def test_sizes_are_torchvision_s(depth, parameters):
 def test_logits_are_those_of_a_forward_pass_by_hand(first_strides):
     weights = random_weights(10, 7)
     module = ResNet(10, 7, first_strides=first_strides, rngs=nnx.Rngs(0))
-    load_weights(weights, stem=module.stem, head=module.head)
+    load_weights(weights, stem=module.stem, head=module)
     x = np.random.default_rng(1).normal(size=(2, 3, 64, 64))
     expected = forward(weights, x, 10, first_strides=first_strides)
     found = module(x.transpose(0, 2, 3, 1).astype(np.float32), train=False)
@@ -113,18 +113,18 @@ def test_logits_are_those_of_a_forward_pass_by_hand(first_strides):
 def test_every_array_has_a_place_and_must_fit():
     module = ResNet(10, 7, rngs=nnx.Rngs(0))
     weights = random_weights(10, 1000)
-    before = np.array(module.head.classifier.kernel[...])
-    load_weights(weights, stem=module.stem, head=module.head)  # of other classes: the classifier stays
-    np.testing.assert_array_equal(module.head.classifier.kernel[...], before)
+    before = np.array(module.classifier.kernel[...])
+    load_weights(weights, stem=module.stem, head=module)  # of other classes: the classifier stays
+    np.testing.assert_array_equal(module.classifier.kernel[...], before)
     np.testing.assert_array_equal(module.stem.bn1.var[...], weights["bn1.running_var"])
     with pytest.raises(UserError, match=r"no layer2\.0\.conv1\.weight"):
         load_weights(
             {name: w for name, w in weights.items() if name != "layer2.0.conv1.weight"},
             stem=module.stem,
-            head=module.head,
+            head=module,
         )
     with pytest.raises(UserError, match=r"bn1\.bias has the shape \(3,\)"):
-        load_weights(weights | {"bn1.bias": np.zeros(3)}, stem=module.stem, head=module.head)
+        load_weights(weights | {"bn1.bias": np.zeros(3)}, stem=module.stem, head=module)
 
 
 def save_pth(path, tensors, rebuild="_rebuild_tensor_v2"):
@@ -223,7 +223,7 @@ def test_keras_weights_give_keras_logits(tmp_path):
     arrays, biases = keras_arrays(weights, np.random.default_rng(2))
     np.savez(tmp_path / "weights.npz", **arrays)
     module = ResNet(50, 5, first_strides=True, rngs=nnx.Rngs(0))
-    load_weights(read_keras(tmp_path / "weights.npz"), stem=module.stem, head=module.head)
+    load_weights(read_keras(tmp_path / "weights.npz"), stem=module.stem, head=module)
     image = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3)).astype(np.float64)
     bgr = image[..., ::-1] - [103.939, 116.779, 123.68]
     expected = forward(weights, bgr.transpose(0, 3, 1, 2), 50, first_strides=True, eps=1e-3, biases=biases)

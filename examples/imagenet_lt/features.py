@@ -1,0 +1,61 @@
+"""What the frozen layers of a pretrained ResNet make of images; computed once, then read."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Stem, load_weights
+from examples.lab import files
+
+BATCH = 50
+
+
+def lower_layers(
+    images: Any,
+    name: str,
+    weights: Mapping[str, np.ndarray],
+    data_dir: Path,
+    *,
+    depth: int = 50,
+    first_strides: bool = False,
+) -> np.ndarray:
+    """Features of each image and of its mirror image before the last stage.
+
+    Args:
+      images: uint8, grey (N, H, W) or RGB (N, H, W, 3); anything with a length that takes slices.
+      name: identifies the images.
+      weights: those of the network, by torchvision's names.
+      data_dir: the folder in whose ``cache`` the features are kept.
+      depth: of the network.
+      first_strides: as :class:`examples.imagenet_lt.resnet.ResNet`, and whether colours are centred as Keras does.
+
+    Returns:
+      Features, shape (N, 2, H/16, W/16, C), float32, read from the file when used.
+    """
+    digest = hashlib.sha256(b"".join(weights[key].tobytes() for key in sorted(weights) if key.startswith("layer3")))
+    path = data_dir / "cache" / f"{name}-resnet{depth}-{digest.hexdigest()[:16]}.npy"
+    if not path.is_file():
+        stem = Stem(depth, first_strides=first_strides, rngs=nnx.Rngs(0))
+        load_weights(weights, stem=stem)
+        mean = KERAS_MEAN if first_strides else MEAN
+        with files.aside(path) as file:
+            for begin in range(0, len(images), BATCH):
+                part = np.asarray(_features(stem, jnp.asarray(images[begin : begin + BATCH]), jnp.array(mean)))
+                if begin == 0:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), *part.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(part.tobytes())
+    return np.load(path, mmap_mode="r")
+
+
+@nnx.jit
+def _features(stem: Stem, images: jax.Array, mean: jax.Array) -> jax.Array:
+    colours = images if images.ndim == 4 else images[..., None]
+    x = (colours.astype(jnp.float32) / 255 - mean) / jnp.array(STD)
+    return jnp.stack([stem(x, train=False), stem(x[:, :, ::-1], train=False)], axis=1)
