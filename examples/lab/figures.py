@@ -51,7 +51,7 @@ def gains(picked: Any):
 def training(picked: Any):
     """Test accuracy while training, mean over seeds, for each loss; the second stage is marked."""
     runs = picked[picked.method.isin(SHOWN)]
-    runs = runs[[len(each["test_accuracy"]) > 1 for each in runs.by_epoch]]
+    runs = runs[np.array([len(each["test_accuracy"]) > 1 for each in runs.by_epoch], bool)]  # also of no runs
     losses = [loss for loss, family in runs.groupby("loss", sort=False) if family.method.nunique() > 1]
     if not losses:
         return None
