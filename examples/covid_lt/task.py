@@ -1,18 +1,15 @@
 """X-rays as what a pretrained ResNet-50 makes of them before its last stage, which is trained."""
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from examples.cifar_lt.imbalance import class_counts, subset
 from examples.covid_lt.data import CLASSES, covid_lt, read_npz, split_by_patient
-from examples.imagenet_lt.features import lower_layers
+from examples.imagenet_lt.features import either_side, lower_layers, one_side
 from examples.imagenet_lt.resnet import Head, load_weights, read_keras
 from examples.lab.errors import UsageError
 from examples.lab.task import Data, Split, Task, module_of
@@ -43,8 +40,7 @@ class CovidLt(Task):
         source, ratio = self.parsed
         xrays = covid_lt(data_dir, self.size) if source == "covid-lt" else read_npz(data_dir / "xray64.npz")
         weights = read_keras(data_dir / WEIGHTS)
-        name = f"{source}-{hashlib.sha256(xrays.images.tobytes()).hexdigest()[:16]}"
-        features = lower_layers(xrays.images, name, weights, data_dir, first_strides=True)
+        features = lower_layers(xrays.images, weights, data_dir, first_strides=True)
         test, rest = split_by_patient(xrays, self.test_per_class, self.subset_seed)
         share = np.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes)).astype(int)
         kept = rest[subset(xrays.labels[rest], np.full(self.classes, share.min()), self.subset_seed)]
@@ -75,9 +71,7 @@ class CovidLt(Task):
         return params, rest
 
     def augment(self, inputs, key):
-        """The image or its mirror image."""
-        mirrored = jax.random.bernoulli(key, shape=inputs.shape[:1])
-        return jnp.where(mirrored[:, None, None, None], inputs[:, 1], inputs[:, 0])
+        return either_side(inputs, key)
 
     def prepare(self, inputs):
-        return inputs if inputs.ndim == 4 else inputs[:, 0]
+        return one_side(inputs)

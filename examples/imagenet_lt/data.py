@@ -125,6 +125,7 @@ class Packed:
 
         self.source: Any = grain.sources.ArrayRecordDataSource(str(path))
         self.side, self.crop = side, crop
+        self.identity = f"{path.name} {path.stat().st_size} {side} {crop}".encode()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -148,12 +149,12 @@ def packed(name: str, split: str, data_dir: Path, *, skip_broken: bool) -> tuple
     return path, np.load(path.with_suffix(".npy"))
 
 
-def scenes(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def scenes(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The stand-in: ``scene15/{train,test}/<class>/*.jpg``, grey images of one size.
 
     Returns:
-      Images (N, H, W) uint8, classes (N,) int32 with the class of most images first, which are of the official test
-      set (N,), and the names of the classes.
+      Images (N, H, W) uint8, classes (N,) int32 with the class of most images first, and which are of the official test
+      set (N,).
     """
     root = data_dir / "scene15"
     paths = sorted(root.glob("*/*/*.jpg"))
@@ -171,4 +172,4 @@ def scenes(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str
     if len({image.shape for image in images}) > 1:
         raise UserError(f"{root} holds images of several sizes; 128 × 128 pixels are expected.")
     labels = np.array([order.index(path.parent.name) for path in paths], np.int32)
-    return np.stack(images), labels, np.array([path.parts[-3] == "test" for path in paths]), order
+    return np.stack(images), labels, np.array([path.parts[-3] == "test" for path in paths])

@@ -53,6 +53,8 @@ class PhotoRecipe(Recipe):
             ),
             "--frozen needs the weights of a trained network, as --pretrained": bool(self.pretrained)
             or not self.frozen,
+            f"--dataset {self.dataset}: scenes are small, so they need --frozen": self.frozen
+            or not self.dataset.startswith("scenes"),
             f"--size {self.size}: it must be a multiple of 32": self.size >= 32 and self.size % 32 == 0,
         }
 

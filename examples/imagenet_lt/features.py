@@ -18,7 +18,6 @@ BATCH = 50
 
 def lower_layers(
     images: Any,
-    name: str,
     weights: Mapping[str, np.ndarray],
     data_dir: Path,
     *,
@@ -28,8 +27,7 @@ def lower_layers(
     """Features of each image and of its mirror image before the last stage.
 
     Args:
-      images: uint8, grey (N, H, W) or RGB (N, H, W, 3); anything with a length that takes slices.
-      name: identifies the images.
+      images: uint8, grey (N, H, W) or RGB (N, H, W, 3): an array, or :class:`examples.imagenet_lt.data.Packed`.
       weights: those of the network, by torchvision's names.
       data_dir: the folder in whose ``cache`` the features are kept.
       depth: of the network.
@@ -38,8 +36,10 @@ def lower_layers(
     Returns:
       Features, shape (N, 2, H/16, W/16, C), float32, read from the file when used.
     """
-    digest = hashlib.sha256(b"".join(weights[key].tobytes() for key in sorted(weights) if key.startswith("layer3")))
-    path = data_dir / "cache" / f"{name}-resnet{depth}-{digest.hexdigest()[:16]}.npy"
+    digest = hashlib.sha256(images.tobytes() if isinstance(images, np.ndarray) else images.identity)
+    for key in sorted(key for key in weights if key.startswith("layer3")):
+        digest.update(weights[key].tobytes())
+    path = data_dir / "cache" / f"resnet{depth}-{digest.hexdigest()[:16]}.npy"
     if not path.is_file():
         stem = Stem(depth, first_strides=first_strides, rngs=nnx.Rngs(0))
         load_weights(weights, stem=stem)
@@ -59,3 +59,14 @@ def _features(stem: Stem, images: jax.Array, mean: jax.Array) -> jax.Array:
     colours = images if images.ndim == 4 else images[..., None]
     x = (colours.astype(jnp.float32) / 255 - mean) / jnp.array(STD)
     return jnp.stack([stem(x, train=False), stem(x[:, :, ::-1], train=False)], axis=1)
+
+
+def either_side(features: jax.Array, key: jax.Array) -> jax.Array:
+    """Of each image (N, 2, …) itself or its mirror image, at random."""
+    mirrored = jax.random.bernoulli(key, shape=features.shape[:1])
+    return jnp.where(mirrored[:, None, None, None], features[:, 1], features[:, 0])
+
+
+def one_side(features: jax.Array) -> jax.Array:
+    """Of each image (N, 2, …) itself; what :func:`either_side` has chosen stays."""
+    return features if features.ndim == 4 else features[:, 0]

@@ -1,7 +1,6 @@
 """Photographs, a pretrained ResNet, and what of it is trained."""
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from flax import nnx
 
 from examples.cifar_lt.imbalance import class_counts, subset
 from examples.imagenet_lt.data import OFFICIAL, Packed, packed, scenes
-from examples.imagenet_lt.features import lower_layers
+from examples.imagenet_lt.features import either_side, lower_layers, one_side
 from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Head, ResNet, load_weights, read_keras, read_pth
 from examples.lab.errors import UsageError
 from examples.lab.task import Data, Split, Task, module_of
 
 HELD_OUT_PER_CLASS = 10
+TEST_PER_CLASS = 100  # of the scenes
 LARGEST = 200  # training images of the most frequent class of the scenes
 SCENES = 15
 
@@ -31,7 +31,6 @@ class Photographs(Task):
     pretrained: str | None = None  # a .pth of torchvision, or the .npz of Keras's first ResNet-50, in the data folder
     frozen: bool = False  # all below the last stage, of which then only the features are kept
     size: int = 224  # pixels that the network sees, of photographs resized to 8/7 of it; scenes keep their 128
-    test_per_class: int = 100  # of the scenes
     skip_broken: bool = False
     validation: float = 0.0
     subset_seed: int = 0
@@ -73,15 +72,15 @@ class Photographs(Task):
             path, labels = packed(self.dataset, name, data_dir, skip_broken=self.skip_broken)
             inputs = Packed(path, side, self.size if self.frozen or name != "train" else side)
             if self.frozen:
-                inputs = self._frozen(inputs, f"{path.stem}-{self.size}", weights, data_dir)
+                inputs = self._frozen(inputs, weights, data_dir)
             splits[name] = Split(inputs, labels)
         # Hyper-parameters are chosen on the official validation split, so nothing of the training set is held out.
         return Data(splits["train"], splits["test"], splits.get("val") if self.validation else None, pretrained=weights)
 
     def _scenes(self, data_dir: Path, weights) -> Data:
-        images, labels, official_test, _ = scenes(data_dir)
-        rest, tested = np.flatnonzero(~official_test), np.flatnonzero(official_test)
-        per_class = np.full(self.classes, self.test_per_class)
+        images, labels, official_test = scenes(data_dir)
+        tested = np.flatnonzero(official_test)
+        per_class = np.full(self.classes, TEST_PER_CLASS)
         test = tested[subset(labels[tested], per_class, self.subset_seed)]
         rest = np.setdiff1d(np.arange(len(labels)), test)  # 100 training images a class are fewer than n_0
         share = np.ceil(self.validation * np.bincount(labels[rest], minlength=self.classes)).astype(int)
@@ -91,11 +90,7 @@ class Photographs(Task):
         train = rest[subset(labels[rest], counts, self.subset_seed)]
         spare = np.setdiff1d(rest, train)
         held_out = spare[subset(labels[spare], np.full(self.classes, HELD_OUT_PER_CLASS), self.subset_seed)]
-        if self.frozen:
-            name = f"scenes-{hashlib.sha256(images.tobytes()).hexdigest()[:16]}"
-            inputs = self._frozen(images, name, weights, data_dir)
-        else:
-            inputs = np.broadcast_to(images[..., None], (*images.shape, 3))
+        inputs = self._frozen(images, weights, data_dir)
 
         def split(places) -> Split:
             return Split(inputs[places], labels[places])
@@ -108,8 +103,8 @@ class Photographs(Task):
             pretrained=weights,
         )
 
-    def _frozen(self, images, name, weights, data_dir):
-        return lower_layers(images, name, weights, data_dir, depth=self.depth, first_strides=self.keras)
+    def _frozen(self, images, weights, data_dir):
+        return lower_layers(images, weights, data_dir, depth=self.depth, first_strides=self.keras)
 
     def network(self, loss, rngs):
         kind = Head if self.frozen else ResNet
@@ -126,14 +121,13 @@ class Photographs(Task):
     def augment(self, inputs, key):
         """The image or its mirror image; of whole images a random part with other colours."""
         if self.frozen:
-            mirrored = jax.random.bernoulli(key, shape=inputs.shape[:1])
-            return jnp.where(mirrored[:, None, None, None], inputs[:, 1], inputs[:, 0])
+            return either_side(inputs, key)
         keys = jax.random.split(key, len(inputs))
         return jax.vmap(lambda image, key: changed(image, key, self.size))(inputs, keys)
 
     def prepare(self, inputs):
         if self.frozen:
-            return inputs if inputs.ndim == 4 else inputs[:, 0]
+            return one_side(inputs)
         mean = jnp.array(KERAS_MEAN if self.keras else MEAN)
         return (inputs.astype(jnp.float32) / 255 - mean) / jnp.array(STD)
 

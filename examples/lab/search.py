@@ -70,9 +70,11 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
         if row in best or row == baseline:
             test = accuracies(anew(row), "accuracy")
             line |= {"test": test.tolist(), "difference": (test - accuracies(anew(baseline), "accuracy")).tolist()}
+        if row in best:
+            line["interval"] = list(stats.ttest_1samp(line["difference"], 0.0).confidence_interval())
         result.append(line)
     files.write_json(folder / "result.json", {"space": space, "result": result})
-    figure = figures.differences([line for line in result[1:] if "difference" in line])
+    figure = figures.differences([line for line in result if "interval" in line])
     figure.savefig(folder / "result.png")
     plt.close(figure)
     text = markdown(result)
@@ -88,8 +90,8 @@ def markdown(result: list[dict[str, Any]]) -> str:
         row |= {"test accuracy": "not confirmed", "difference": "", "95 % interval": ""}
         if "test" in line:
             row["test accuracy"] = spread(pd.Series(line["test"]))
-        if "test" in line and line is not result[0]:
-            low, high = stats.ttest_1samp(line["difference"], 0.0).confidence_interval()
+        if "interval" in line:
+            low, high = line["interval"]
             row |= {"difference": f"{np.mean(line['difference']):+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}"}
         rows.append(row)
     return pd.DataFrame(rows).to_markdown(index=False)

@@ -46,7 +46,7 @@ def test_every_row_is_a_run_of_its_own(preset):
 def test_lower_layers_and_head_are_the_whole_network(tmp_path):
     weights = random_weights(50, 1000)
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32)).astype(np.uint8)
-    features = lower_layers(images, "few", weights, tmp_path, first_strides=True)
+    features = lower_layers(images, weights, tmp_path, first_strides=True)
     assert features.shape == (8, 2, 2, 2, 1024)
     whole = ResNet(50, 4, first_strides=True, rngs=nnx.Rngs(0))
     load_weights(weights, stem=whole.stem, head=whole)
@@ -59,5 +59,8 @@ def test_lower_layers_and_head_are_the_whole_network(tmp_path):
         np.testing.assert_allclose(head(features[:, side], train=False), expected, rtol=1e-3, atol=1e-3)
     (path,) = (tmp_path / "cache").iterdir()
     before = path.stat().st_mtime_ns
-    np.testing.assert_array_equal(lower_layers(images, "few", weights, tmp_path, first_strides=True), features)
+    np.testing.assert_array_equal(lower_layers(images, weights, tmp_path, first_strides=True), features)
     assert path.stat().st_mtime_ns == before
+    path.rename(path.with_name("of other images.npy"))
+    lower_layers(images + np.uint8(1), weights, tmp_path, first_strides=True)
+    assert path.name not in {other.name for other in (tmp_path / "cache").iterdir()}
