@@ -1,15 +1,20 @@
-"""Photographs: lists, packed images, broken ones, and features of frozen layers."""
+"""Photographs: lists, packed images, broken ones, features of frozen layers, and runs end to end."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 
+from examples.imagenet_lt import data as photos
+from examples.imagenet_lt import task as photo_task
 from examples.imagenet_lt.data import Packed, pack, read_list
 from examples.imagenet_lt.experiment import EXPERIMENT, make_run
 from examples.imagenet_lt.features import lower_layers
 from examples.imagenet_lt.resnet import KERAS_MEAN, STD, Head, ResNet, load_weights
+from examples.imagenet_lt.task import Photographs, changed
+from examples.lab import cli, records
 from examples.lab.errors import UserError
 from tests.examples.test_imagenet_resnet import random_weights
 
@@ -64,3 +69,106 @@ def test_lower_layers_and_head_are_the_whole_network(tmp_path):
     path.rename(path.with_name("of other images.npy"))
     lower_layers(images + np.uint8(1), weights, tmp_path, first_strides=True)
     assert path.name not in {other.name for other in (tmp_path / "cache").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(50, 1000)
+
+
+def smooth_images(rng, count, shape):
+    """Images that a JPEG keeps nearly as they are."""
+    return np.clip(rng.integers(40, 200, (count, 1, 1)) + np.arange(shape[1])[None, None], 0, 255).repeat(shape[0], 1)
+
+
+@pytest.fixture
+def scene_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 6)):
+        for name in "abcdefghijklmno":
+            folder = tmp_path / "scene15" / split / name
+            folder.mkdir(parents=True)
+            extra = 2 if (split, name) == ("train", "c") else 0
+            for i, image in enumerate(smooth_images(rng, count + extra, (32, 32))):
+                Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.jpg", quality=95)
+    return tmp_path
+
+
+@pytest.fixture
+def small(weights, monkeypatch):
+    """Splits for eight images a class, and random weights in place of a file."""
+    for name, value in (("TEST_PER_CLASS", 2), ("HELD_OUT_PER_CLASS", 1), ("LARGEST", 6)):
+        monkeypatch.setattr(photo_task, name, value)
+    monkeypatch.setattr(photo_task, "read_keras", lambda path: weights)
+    monkeypatch.setattr(photo_task, "read_pth", lambda path: weights)
+
+
+def test_scenes_are_split_without_overlap(scene_folder, small):
+    images, labels, official = photos.scenes(scene_folder)
+    assert images.shape == (15 * 14 + 2, 32, 32)
+    assert np.bincount(labels)[0] == 16  # the class with most images comes first
+    assert official.sum() == 15 * 6
+    scenes = Photographs(dataset="scenes-6", frozen=True, pretrained="weights.npz", validation=0.2)
+    data = scenes.load(scene_folder)
+    np.testing.assert_array_equal(np.bincount(data.test.labels), 2)
+    np.testing.assert_array_equal(np.bincount(data.held_out.labels), 1)
+    assert len(set(np.bincount(data.validation.labels))) == 1
+    counts = np.bincount(data.train.labels)
+    assert (counts[0], counts[-1]) == (6, 1)
+    assert (np.diff(counts) <= 0).all()
+    parts = [data.train, data.test, data.validation, data.held_out]
+    rows = np.concatenate([part.inputs.reshape(len(part.labels), -1) for part in parts])
+    assert rows.shape[1] == 2 * 2 * 2 * 1024
+    (next((scene_folder / "scene15/train/a").iterdir())).write_bytes(b"no image")
+    with pytest.raises(UserError, match="is no image"):
+        photos.scenes(scene_folder)
+
+
+@pytest.mark.parametrize("changes", [["--method", "absgd", "--temperature", "1"], ["--classifier", "ncm"]])
+def test_scenes_end_to_end(scene_folder, small, changes):
+    options = ["--preset", "scenes", "--dataset", "scenes-6", "--epochs", "2", "--batch-size", "8", *changes]
+    folders = ["--data-dir", scene_folder, "--work", scene_folder / "work", "--out", scene_folder / "out"]
+    assert cli.main(EXPERIMENT, ["train", *options, *map(str, folders)]) == 0
+    (path,) = (scene_folder / "out/scenes/scenes-6").glob("*.json")
+    record = records.read(path)
+    assert record["class_counts"][0] == 6
+    assert 0 <= record["accuracy"] <= 100
+
+
+@pytest.fixture
+def official_folder(tmp_path):
+    """ImageNet-LT in miniature: the lists name twelve photographs of two classes."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "ImageNet/train").mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        lines = []
+        for i, image in enumerate(smooth_images(rng, 12, (40, 50))):
+            name = f"train/{split}{i}.JPEG"
+            Image.fromarray(image.astype(np.uint8)).convert("RGB").save(tmp_path / "ImageNet" / name)
+            lines.append(f"{name} {i % 4 // 3}")
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_photographs_by_lists_end_to_end(official_folder, small, frozen):
+    options = ["--preset", "whole", "--dataset", "imagenet-lt", "--size", "32", "--epochs", "2", "--batch-size", "4"]
+    if frozen:
+        options += ["--frozen", "--depth", "50", "--pretrained", "resnet50.pth", "--trained", "last-block"]
+    folders = ["--data-dir", official_folder, "--work", official_folder / "work", "--out", official_folder / "out"]
+    assert cli.main(EXPERIMENT, ["train", *options, "--method", "absgd", "--temperature", "1", *map(str, folders)]) == 0
+    (path,) = (official_folder / "out/whole/imagenet-lt").glob("*.json")
+    assert records.read(path)["class_counts"][:3] == [9, 3, 0]
+
+
+def test_changed_images_stay_images():
+    keys = jax.random.split(jax.random.key(0), 50)
+    image = jnp.full((40, 40, 3), jnp.array([200.0, 100.0, 50.0]))
+    out = jax.vmap(lambda key: changed(image, key, 32))(keys)
+    assert out.shape == (50, 32, 32, 3)
+    assert 0 <= float(out.min()) <= float(out.max()) <= 255
+    assert float(jnp.ptp(out, axis=(1, 2)).max()) < 0.01  # a photograph of one colour stays one
+    ramp = jnp.broadcast_to(jnp.arange(40.0)[:, None, None] * 6, (40, 40, 3))  # brighter from top to bottom
+    out = jax.vmap(lambda key: changed(ramp, key, 32))(keys)[..., 0]
+    assert float(jnp.diff(out, axis=1).min()) > -0.01  # never upside down
+    assert float(jnp.ptp(out, axis=2).max()) < 0.01
