@@ -34,7 +34,7 @@ def _conv(channels_in: int, channels: int, size: int, stride: int, rngs: nnx.Rng
 
 
 def _as_product(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **_: Any) -> jax.Array:
-    """A convolution as one product of matrices; XLA's gradients of those with few pixels are 3 to 40 times slower."""
+    """A convolution as one product of matrices, because XLA's gradients of those with few pixels are slow on a CPU."""
     height, width, _, channels = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], (height, width), strides, strict=True))

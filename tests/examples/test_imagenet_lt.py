@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from examples.imagenet_lt import data as photos
-from examples.imagenet_lt import task as photo_task
+from examples.imagenet_lt import data as photos, task as photo_task
 from examples.imagenet_lt.data import Packed, pack, read_list
 from examples.imagenet_lt.experiment import EXPERIMENT, make_run
 from examples.imagenet_lt.features import lower_layers
