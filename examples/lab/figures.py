@@ -1,5 +1,5 @@
-"""The figures of a dataset (gains, accuracy while training, by class, over λ and over the trusted fraction), and of a
-search.
+"""The figures of a dataset (gains, accuracy while training, by class, over λ and over the trusted fraction, weight of
+wrong labels), and of a search.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
     families = zip(tested.method, tested.loss, tested.strength, strict=True)
     picked = tested[np.array([chosen.get((method, loss)) == s for method, loss, s in families], bool)]
     drawn, found = [], {"gains": gains(picked), "training": training(picked), "classes": classes(picked)}
+    found["wrong_labels"] = wrong_labels(picked)
     found |= {"strengths": strengths(frame), "fractions": fractions(frame)}
     for name, figure in found.items():
         path = folder / f"{name}.png"
@@ -61,7 +62,7 @@ def training(picked: Any):
         for method, family in runs[runs.loss == loss].groupby("method", sort=False):
             series = np.array([each["test_accuracy"] for each in family.by_epoch])
             label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
-            axis.plot(*series.mean(axis=0).T, marker=".", color=style.colour(method), label=label)
+            axis.plot(*series.mean(axis=0).T, style.line(method), marker=".", color=style.colour(method), label=label)
             if (begin := second_stage(family.config.iloc[0]["run"]["stages"])) is not None:
                 axis.axvline(begin, color="black", lw=0.8, ls=":")
         axis.set_title(loss, loc="left", fontsize=9)
@@ -93,7 +94,8 @@ def classes(picked: Any):
     for method, family in runs.groupby("method", sort=False):
         label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
         mean = np.nanmean(np.array(family.per_class.tolist(), float), axis=0)[order]
-        axis.plot(mean, marker="." if len(order) <= 20 else None, color=style.colour(method), label=label)
+        marker = "." if len(order) <= 20 else None
+        axis.plot(mean, style.line(method), marker=marker, color=style.colour(method), label=label)
     if len(order) <= 20:
         axis.set_xticks(range(len(order)), [f"{count:,}" for count in counts[order]])
     axis.set_xlabel("training images of the class" if len(order) <= 20 else "class, from frequent to rare")
@@ -148,6 +150,24 @@ def fractions(frame: Any):
     axis.set_xlabel("fraction that is trusted")
     axis.set_ylabel("test accuracy, %")
     axis.legend()
+    return figure
+
+
+def wrong_labels(picked: Any):
+    """How much of all weight wrong labels have in each epoch, mean over seeds; with SGD it is their share."""
+    runs = picked[(picked.loss == "ce") & picked.method.isin(SHOWN)]
+    runs = runs[np.array([len(each.get("weight_of_wrong", [])) > 1 for each in runs.by_epoch], bool)]
+    if runs.method.nunique() < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(4, 2.8), layout="constrained")
+    for method, family in runs.groupby("method", sort=False):
+        epochs, share = np.array([each["weight_of_wrong"] for each in family.by_epoch]).mean(axis=0).T
+        label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
+        axis.plot(epochs, 100 * share, style.line(method), marker=".", color=style.colour(method), label=label)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("weight of wrong labels, %")
+    axis.legend(fontsize=7)
     return figure
 
 

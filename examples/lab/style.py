@@ -17,3 +17,8 @@ def colour(method: str, bounded: bool = False) -> str:
     if method.startswith(("absgd", "bounded-absgd", "kl-radius", "trust", "focus", "term", "adaptive-gamma")):
         return BOUNDED if bounded or method.startswith("bounded") else ABSGD
     return RIVALS[sum(map(ord, method)) % len(RIVALS)]
+
+
+def line(method: str) -> str:
+    """Broken where λ follows a rule, so that forms of ABSGD are told apart."""
+    return "--" if method in ("trust", "focus", "kl-radius") else "-"
