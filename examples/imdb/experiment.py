@@ -83,5 +83,5 @@ EXPERIMENT = Experiment(
         ],
     },
     make_run=make_run,
-    evaluate_every={"fast": 1, "paper": 10, "smoke": 1},
+    evaluate_every={"fast": 6, "paper": 10, "smoke": 1},
 )
