@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from examples.lab import files
+from examples.lab import files, processes
 from examples.lab.errors import UserError
 
 Tree = TypeVar("Tree")
@@ -23,7 +23,10 @@ Tree = TypeVar("Tree")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder of checkpoints."""
+    """Keeps other commands out of a folder of checkpoints; the first process does it for those that train with it."""
+    if not processes.is_first():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
@@ -59,12 +62,16 @@ def restore(manager: ocp.CheckpointManager, like: Tree) -> Tree:
 def finish(folder: Path, state: Any, metrics: list[dict[str, Any]]) -> None:
     """Leaves the last state and the metrics of one run in a folder of its own."""
     aside = folder.with_name(folder.name + ".tmp")
-    remove(aside)
+
+    def put_in_place():
+        files.write(aside / "metrics.json", json.dumps(metrics).encode())
+        remove(folder)
+        aside.replace(folder)
+
+    processes.by_first(lambda: remove(aside), "aside")
     with open_manager(aside) as manager:
         save(manager, 0, state)
-    files.write(aside / "metrics.json", json.dumps(metrics).encode())
-    remove(folder)
-    aside.replace(folder)
+    processes.by_first(put_in_place, "finished")
 
 
 def is_finished(folder: Path) -> bool:
@@ -91,7 +98,8 @@ def read_lines(path: Path, epochs: int) -> list[dict[str, Any]]:
             break
         if metrics["epoch"] <= epochs:
             lines.append(metrics)
-    files.write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    processes.by_first(lambda: files.write(path, content), "lines")
     return lines
 
 

@@ -11,7 +11,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from examples.lab import profile, records, report, search, trainer
+from examples.lab import processes, profile, records, report, search, trainer
 from examples.lab.errors import UsageError, UserError, exit_code
 from examples.lab.experiment import Experiment, rivals, tuned, with_seeds
 from examples.lab.recipe import Recipe
@@ -29,8 +29,10 @@ class Machine:
     """Folder that holds the data in their official layout, or is to hold them."""
     devices: int = 1
     """Devices over which each batch is spread."""
-    together: int = 1 if jax.default_backend() == "cpu" else 64
-    """Runs that are trained in one program at most."""
+    distributed: bool = False
+    """Join the processes of a SLURM job or a TPU slice, and spread each batch over all their devices."""
+    together: int | None = None
+    """Runs that are trained in one program at most: 1 on a CPU, else 64."""
     max_minutes: float = float("inf")
     """Stop after an epoch when this time is over; the same command goes on."""
 
@@ -143,18 +145,24 @@ def _train(
     experiment: Experiment, recipes: Sequence[Recipe], machine: Machine, results: Path, deadline: float
 ) -> list[Path]:
     """Trains what has no record yet, and writes records as runs finish."""
-    console, paths = Console(), {recipe: experiment.path(recipe, results) for recipe in recipes}
+    if machine.distributed:
+        processes.join()
+    console, paths = (
+        Console(quiet=not processes.is_first()),
+        {recipe: experiment.path(recipe, results) for recipe in recipes},
+    )
     for dataset in dict.fromkeys((recipe.preset, recipe.dataset, recipe.validation) for recipe in recipes):
         part = {recipe: experiment.make_run(recipe) for recipe in recipes if _where(recipe) == dataset}
         todo = {recipe: run for recipe, run in part.items() if not records.is_done(paths[recipe], recipe, run)}
         every = experiment.evaluate_every[dataset[0]]
-        options = (machine.data_dir, machine.work, every, machine.together, machine.devices, deadline)
-        settings = trainer.Settings(*options)
+        together = machine.together or (1 if jax.default_backend() == "cpu" else 64)
+        devices = jax.device_count() if machine.distributed else machine.devices
+        settings = trainer.Settings(machine.data_dir, machine.work, every, together, devices, deadline)
 
         def finished(run, todo=todo, settings=settings):
             for recipe in (recipe for recipe, its in todo.items() if its == run):
                 content = records.record(experiment.name, recipe, run, settings, experiment.command(recipe))
-                records.write(paths[recipe], content)
+                processes.by_first(lambda p=paths[recipe], c=content: records.write(p, c), "record")
 
         trainer.train(list(dict.fromkeys(todo.values())), settings, console, finished)
     return list(paths.values())

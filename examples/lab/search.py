@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from examples.lab import figures, files, records
+from examples.lab import figures, files, processes, records
 from examples.lab.errors import UserError
 from examples.lab.experiment import TUNING_VALIDATION, Experiment, with_seeds
 from examples.lab.recipe import Recipe
@@ -73,13 +73,16 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
         if row in best:
             line["interval"] = list(stats.ttest_1samp(line["difference"], 0.0).confidence_interval())
         result.append(line)
+    processes.by_first(lambda: _write(folder, space, result), "result")
+    return markdown(result)
+
+
+def _write(folder: Path, space: dict[str, Any], result: list[dict[str, Any]]) -> None:
     files.write_json(folder / "result.json", {"space": space, "result": result})
     figure = figures.differences([line for line in result if "interval" in line])
     figure.savefig(folder / "result.png")
     plt.close(figure)
-    text = markdown(result)
-    files.write(folder / "result.md", f"{text}\n".encode())
-    return text
+    files.write(folder / "result.md", f"{markdown(result)}\n".encode())
 
 
 def markdown(result: list[dict[str, Any]]) -> str:

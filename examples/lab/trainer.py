@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from rich.console import Console
 
-from examples.lab import checkpoint, classifiers, evaluate, plan
+from examples.lab import checkpoint, classifiers, evaluate, plan, processes
 from examples.lab.config import Run, stack
 from examples.lab.errors import OutOfTimeError, UsageError
 from examples.lab.input_pipeline import (
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
 
 @lru_cache(maxsize=2)
 def load(task: Task, data_dir: Path) -> Data:
-    return task.load(data_dir)
+    return processes.first_then_others(lambda: task.load(data_dir), "data")
 
 
 def train(runs: Sequence[Run], settings: Settings, console: Console, finished: Callable[[Run], None]) -> None:
@@ -126,7 +126,7 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
             states, done = checkpoint.restore(manager, like), manager.latest_step()
         lines = checkpoint.read_lines(folder / "metrics.jsonl", done)
         batches = _Batches(first, data, settings)
-        states = batches.spread(states, P())
+        states = processes.spread(states, batches.sharding(P()))
         for epoch in range(done, first.epochs):
             began = time.perf_counter()
             states, metrics = batches.epoch(stages, states)
@@ -136,9 +136,9 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
                 line |= _evaluated(first, data, states)
             lines.append(line)
             checkpoint.save(manager, epoch + 1, states)
-            checkpoint.append_line(folder / "metrics.jsonl", line)
+            processes.by_first(lambda line=line: checkpoint.append_line(folder / "metrics.jsonl", line), "line")
             console.print(_shown(members, line), soft_wrap=True)
-            if time.monotonic() > settings.deadline:
+            if processes.agreed(time.monotonic() > settings.deadline):
                 raise OutOfTimeError
         if stage.classifier is not None:
             states = _fit_classifier(first, data, states)
@@ -147,7 +147,7 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
         before = left_by(run.parent, settings)[1] if run.parent else []
         own = [{k: v[i] if isinstance(v, list) else v for k, v in line.items()} for line in lines]
         checkpoint.finish(folder_of(run, settings), jax.tree.map(lambda x, i=i: x[i], states), [*before, *own])
-    checkpoint.remove(folder)
+    processes.by_first(lambda: checkpoint.remove(folder), "stage")
 
 
 def _begin(members: Sequence[Run], data: Data, settings: Settings) -> State:
@@ -173,42 +173,55 @@ class _Batches:
         labels = data.train.labels
         self.steps = steps_per_epoch(len(labels), self.stage.batch_size) if self.stage.epochs else 0
         wrong = np.zeros(len(labels), bool) if data.clean is None else data.clean != labels
-        self.facts = self.spread(Facts(np.bincount(labels, minlength=run.task.classes), self.steps, wrong), P())
+        facts = Facts(np.bincount(labels, minlength=run.task.classes), self.steps, wrong)
+        self.facts = processes.spread(facts, self.sharding(P()))
         self.train, self.held_out = data.train, data.held_out if self.stage.method.needs_held_out else None
         if self.stage.method.needs_held_out and data.held_out is None:
             raise UsageError(f"{type(self.stage.method).__name__} needs held-out examples, and {self.task} has none.")
         if not self.task.streamed:
-            self.train, self.held_out = self.spread((self.train, self.held_out), P())
+            self.train, self.held_out = processes.spread((self.train, self.held_out), self.sharding(P()))
         self.lengths = self.task.lengths(data.train)
+        if self.lengths is not None and jax.process_count() > 1:
+            raise UsageError("--distributed: batches of one length are not yet made by several processes.")
         self.together = 1 if jax.default_backend() == "cpu" else self.steps
 
-    def spread(self, tree, spec):
-        return jax.device_put(tree, NamedSharding(self.mesh, spec))
+    def sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
 
-    def orders(self, states: State, purpose: int, split: Split, *, balanced: bool) -> jax.Array:
-        """Indices of the batches of each run's coming epoch, the examples of a batch spread over the devices."""
+    def orders(self, states: State, purpose: int, split: Split, *, balanced: bool) -> np.ndarray:
+        """Indices of the batches of each run's coming epoch, shape (runs, steps, B)."""
         sizes = {"steps": self.steps, "batch_size": self.stage.batch_size}
         keys = [epoch_key(*at, purpose) for at in zip(states.key, states.step, strict=True)]
         draw, of = partial(class_balanced, classes=self.task.classes) if balanced else shuffled, split.labels
         if self.lengths is not None and not balanced:
             draw, of = by_length, self.lengths
-        return self.spread(jnp.stack([draw(key, of, **sizes) for key in keys]), P(None, None, "data"))
+        return np.stack([draw(key, of, **sizes) for key in keys])
 
-    def _streamed(self, split: Split, orders: jax.Array) -> Iterator[Split]:
-        return (self.spread(batch, P("data")) for batch in stream(self.task, split, np.asarray(orders[0])))
+    def _streamed(self, split: Split, order: np.ndarray) -> Iterator[tuple[Split, jax.Array]]:
+        """Batches of one run, of which each process makes its part, and the indices of their examples."""
+        over, size = self.sharding(P("data")), self.stage.batch_size
+        mine = order[:, processes.rows(size, over)]
+        for batch, indices in zip(stream(self.task, split, mine), mine, strict=True):
+            yield processes.gathered((batch, indices), over, size)
 
     def epoch(self, stages, states: State) -> tuple[State, Metrics]:
         """One epoch of every run; the metrics have the axes (run, step)."""
-        orders, held_orders = self.orders(states, STEPS, self.train, balanced=self.stage.balanced_batches), states.step
+        orders = self.orders(states, STEPS, self.train, balanced=self.stage.balanced_batches)
+        held_orders, seen = np.zeros(len(orders)), []
         if self.held_out is not None:
             held_orders = self.orders(states, HELD_OUT, self.held_out, balanced=True)
-        seen = []
         if self.task.streamed:
-            held = self._streamed(self.held_out, held_orders) if self.held_out is not None else itertools.repeat(None)
-            for batch, indices, apart in zip(self._streamed(self.train, orders), orders[0], held, strict=False):
+            held = itertools.repeat((None, None))
+            if self.held_out is not None:
+                held = self._streamed(self.held_out, held_orders[0])
+            for (batch, indices), (apart, _) in zip(self._streamed(self.train, orders[0]), held, strict=False):
                 states, metrics = _step(self.task, stages, states, batch, indices, apart, self.facts)
                 seen.append(jax.tree.map(lambda x: x[:, None], metrics))
         else:
+            over = self.sharding(P(None, None, "data"))
+            orders = processes.spread(orders, over)
+            if self.held_out is not None:
+                held_orders = processes.spread(held_orders, over)
             data = self.train, orders, self.held_out, held_orders, self.facts
             for i in range(0, self.steps, self.together):
                 states, metrics = _steps(self.task, self.together, stages, states, i, *data)

@@ -134,19 +134,23 @@ def test_scenes_end_to_end(scene_folder, small, changes):
     assert 0 <= record["accuracy"] <= 100
 
 
-@pytest.fixture
-def official_folder(tmp_path):
-    """ImageNet-LT in miniature: the lists name twelve photographs of two classes."""
+def write_official(folder):
+    """ImageNet-LT in miniature: each list names twelve photographs of two classes."""
     rng = np.random.default_rng(1)
-    (tmp_path / "ImageNet/train").mkdir(parents=True)
+    (folder / "ImageNet/train").mkdir(parents=True)
     for split in ("train", "val", "test"):
         lines = []
         for i, image in enumerate(smooth_images(rng, 12, (40, 50))):
             name = f"train/{split}{i}.JPEG"
-            Image.fromarray(image.astype(np.uint8)).convert("RGB").save(tmp_path / "ImageNet" / name)
+            Image.fromarray(image.astype(np.uint8)).convert("RGB").save(folder / "ImageNet" / name)
             lines.append(f"{name} {i % 4 // 3}")
-        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
-    return tmp_path
+        (folder / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def official_folder(tmp_path):
+    return write_official(tmp_path)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

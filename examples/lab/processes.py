@@ -1,0 +1,70 @@
+"""Several processes, each with some of the devices, that train one run: all compute, the first one writes."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+T = TypeVar("T")
+
+
+def join() -> None:
+    """Joins the other processes of a SLURM job or a TPU slice, as JAX finds them."""
+    if not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def wait(reason: str) -> None:
+    """Until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(reason)
+
+
+def by_first(write: Callable[[], object], reason: str) -> None:
+    """What only the first process does; the others wait until it is done."""
+    if is_first():
+        write()
+    wait(reason)
+
+
+def first_then_others(read: Callable[[], T], reason: str) -> T:
+    """What the first process may prepare on disk for the others."""
+    if not is_first():
+        wait(reason)
+    found = read()
+    if is_first():
+        wait(reason)
+    return found
+
+
+def agreed(decision: bool) -> bool:
+    """The decision of the first process."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(decision))) if jax.process_count() > 1 else decision
+
+
+def spread(tree: T, sharding: Sharding) -> T:
+    """Arrays that every process has whole, over the devices of all."""
+
+    def one(x):
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda place: whole[place])
+
+    return jax.tree.map(one, tree) if jax.process_count() > 1 else jax.device_put(tree, sharding)
+
+
+def rows(size: int, sharding: Sharding) -> np.ndarray:
+    """Which examples of a batch are for the devices of this process."""
+    places = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[place] for place in places if place is not None]))
+
+
+def gathered(parts: T, sharding: Sharding, size: int) -> T:
+    """The batch, of which every process has its :func:`rows`."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:])), parts)
