@@ -39,8 +39,9 @@ def _each(function, states):
 def _over(task: Task, split: Split, function) -> np.ndarray:
     """A function of batches of one size, whatever the size of the split; the axis of examples comes second."""
     size, parts = len(split.labels), []
-    for begin in range(0, size, BATCH):
-        parts.append(function(task.batch(split, np.arange(begin, begin + BATCH) % size)))
+    batch = min(BATCH, size)
+    for begin in range(0, size, batch):
+        parts.append(function(task.batch(split, np.arange(begin, begin + batch) % size)))
     return np.concatenate(jax.device_get(parts), axis=1)[:, :size]
 
 
