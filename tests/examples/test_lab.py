@@ -29,7 +29,7 @@ from examples.lab.methods.recover import Recover
 from examples.lab.methods.robust_losses import RobustLoss
 from examples.lab.methods.small_loss import SmallLoss
 from examples.lab.recipe import METHODS, Recipe
-from tests.examples.toy_experiment import EXPERIMENT, Clouds
+from tests.examples.toy_experiment import EXPERIMENT, Clouds, Streamed
 
 ROOT = Path(__file__).parents[2]
 FIRST = Stage(epochs=2, rate=(0.1, 0.1), batch_size=40)
@@ -171,12 +171,6 @@ def test_a_batch_over_devices_is_the_batch_on_one(tmp_path):
     over = train(runs, settings(tmp_path / "over", devices=8))
     for one, other in zip(over, train(runs, settings(tmp_path / "alone")), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
-
-
-class Streamed(Clouds):
-    """The same points, their batches made on the host."""
-
-    streamed = True
 
 
 class Sorted(Streamed):

@@ -45,10 +45,17 @@ class Clouds(Task):
         return Network(rngs)
 
 
+class Streamed(Clouds):
+    """The same points, their batches made on the host."""
+
+    streamed = True
+
+
 def make_run(recipe):
+    kind = Streamed if recipe.dataset == "streamed" else Clouds
     half, rate = recipe.epochs // 2, recipe.rate
     stages = two_stages(recipe, [(half, (rate, rate)), (half, (rate, 0.0))])
-    return Run(task=Clouds(validation=recipe.validation), seed=recipe.seed, stages=stages)
+    return Run(task=kind(validation=recipe.validation), seed=recipe.seed, stages=stages)
 
 
 STRONG = [{"method": "absgd", "temperature": t} for t in (1.0, 5.0)]
