@@ -25,7 +25,7 @@ _he = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def _conv(channels_in: int, channels: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
     padding = [(size // 2, size // 2)] * 2
-    conv = nnx.Conv(
+    conv: Any = nnx.Conv(  # pyright takes the attribute for a dict
         channels_in, channels, (size, size), stride, padding=padding, use_bias=False, kernel_init=_he, rngs=rngs
     )
     if jax.default_backend() == "cpu":

@@ -1,5 +1,7 @@
 """A bidirectional LSTM over the words of a review."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,7 +31,7 @@ class ReviewClassifier(nnx.Module):
         del train
         there = tokens != PADDING
         x = self.embedding(tokens)
-        states = [rnn(x, seq_lengths=jnp.sum(there, axis=1)) for rnn in (self.forward, self.backward)]
+        states: Any = [rnn(x, seq_lengths=jnp.sum(there, axis=1)) for rnn in (self.forward, self.backward)]
         return jnp.max(jnp.concatenate(states, axis=-1), axis=1, initial=-jnp.inf, where=there[..., None])
 
     def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
