@@ -25,7 +25,7 @@ _he = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def _conv(channels_in: int, channels: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
     padding = [(size // 2, size // 2)] * 2
-    conv: Any = nnx.Conv(  # pyright takes the attribute for a dict
+    conv = nnx.Conv(
         channels_in, channels, (size, size), stride, padding=padding, use_bias=False, kernel_init=_he, rngs=rngs
     )
     if jax.default_backend() == "cpu":
@@ -35,7 +35,7 @@ def _conv(channels_in: int, channels: int, size: int, stride: int, rngs: nnx.Rng
 
 def _as_product(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **_: Any) -> jax.Array:
     """A convolution as one product of matrices, because XLA's gradients of those with few pixels are slow on a CPU."""
-    height, width, _, channels = kernel.shape
+    height, width, channels = *kernel.shape[:2], kernel.shape[3]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], (height, width), strides, strict=True))
 
