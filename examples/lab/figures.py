@@ -156,7 +156,7 @@ def fractions(frame: Any):
 def wrong_labels(picked: Any):
     """How much of all weight wrong labels have in each epoch, mean over seeds; with SGD it is their share."""
     runs = picked[(picked.loss == "ce") & picked.method.isin(SHOWN)]
-    runs = runs[np.array([len(each.get("weight_of_wrong", [])) > 1 for each in runs.by_epoch], bool)]
+    runs = runs[np.array([any(share for _, share in each.get("weight_of_wrong", [])) for each in runs.by_epoch], bool)]
     if runs.method.nunique() < 2:
         return None
     figure, axis = plt.subplots(figsize=(4, 2.8), layout="constrained")
