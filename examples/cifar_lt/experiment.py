@@ -86,16 +86,8 @@ def make_run(recipe: CifarRecipe) -> Run:
         rate_by_epoch=recipe.network != "shallow",
         mixup=recipe.mixup,
     )
-    task = Cifar(
-        dataset=recipe.dataset,
-        network_name=recipe.network,
-        shift=2 if recipe.network == "shallow" else 4,
-        flipped_test=recipe.network == "shallow",
-        n_max=recipe.n_max,
-        test_per_class=recipe.test_per_class,
-        validation=recipe.validation,
-        subset_seed=recipe.subset_seed,
-    )
+    shallow = recipe.network == "shallow"
+    task = recipe.make_task(Cifar, network_name=recipe.network, shift=2 if shallow else 4, flipped_test=shallow)
     task.parsed  # noqa: B018  a name that is wrong is found before anything is trained
     return Run(task=task, seed=recipe.seed, stages=stages)
 

@@ -38,12 +38,7 @@ class CovidRecipe(Recipe):
 def make_run(recipe: CovidRecipe) -> Run:
     """The pretrained network takes the place of a first stage; class weights wait for the first fall of the rate."""
     stages = two_stages(recipe, thirds(recipe.epochs, recipe.rate))
-    task = CovidLt(
-        dataset=recipe.dataset,
-        test_per_class=recipe.test_per_class,
-        validation=recipe.validation,
-        subset_seed=recipe.subset_seed,
-    )
+    task = recipe.make_task(CovidLt)
     task.parsed  # noqa: B018  a name that is wrong is found before anything is trained
     return Run(task=task, seed=recipe.seed, stages=stages)
 

@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from examples.cifar_lt.imbalance import class_counts, subset
 from examples.covid_lt.data import CLASSES, covid_lt, read_npz, split_by_patient
-from examples.imagenet_lt.features import either_side, lower_layers, one_side
-from examples.imagenet_lt.resnet import Head, load_weights, read_keras
+from examples.imagenet_lt.features import either_side, lower_layers, one_side, pretrained
+from examples.imagenet_lt.resnet import Head, read_keras
 from examples.lab.errors import UsageError
-from examples.lab.task import Data, Split, Task, module_of
+from examples.lab.task import Data, Split, Task
 
 WEIGHTS = Path("resnet50-imagenet") / "weights.npz"
 
@@ -65,10 +64,7 @@ class CovidLt(Task):
         return Head(50, self.classes, first_strides=True, rngs=rngs)
 
     def calibrate(self, params, rest, data):
-        module = module_of(self, "ce", params, rest)
-        load_weights(data.pretrained, head=module)
-        _, params, rest = nnx.split(module, nnx.Param, ...)
-        return params, rest
+        return pretrained(self, params, rest, data.pretrained)
 
     def augment(self, inputs, key):
         return either_side(inputs, key)

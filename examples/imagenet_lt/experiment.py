@@ -65,16 +65,7 @@ def make_run(recipe: PhotoRecipe) -> Run:
     lines = [(turn, (recipe.rate, 0.0)), (recipe.epochs - turn, (recipe.rate, 0.0))]
     first = "classifier" if recipe.frozen else "all"
     stages = two_stages(recipe, lines, second={"trained": recipe.trained}, trained=first)
-    task = Photographs(
-        dataset=recipe.dataset,
-        depth=recipe.depth,
-        pretrained=recipe.pretrained,
-        frozen=recipe.frozen,
-        size=recipe.size,
-        skip_broken=recipe.skip_broken,
-        validation=recipe.validation,
-        subset_seed=recipe.subset_seed,
-    )
+    task = recipe.make_task(Photographs)
     task.classes  # noqa: B018  a name that is wrong is found before anything is trained
     return Run(task=task, seed=recipe.seed, stages=stages)
 

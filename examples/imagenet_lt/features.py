@@ -12,6 +12,7 @@ from flax import nnx
 
 from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Stem, load_weights
 from examples.lab import files
+from examples.lab.task import Task, module_of
 
 BATCH = 50
 
@@ -59,6 +60,13 @@ def _features(stem: Stem, images: jax.Array, mean: jax.Array) -> jax.Array:
     colours = images if images.ndim == 4 else images[..., None]
     x = (colours.astype(jnp.float32) / 255 - mean) / jnp.array(STD)
     return jnp.stack([stem(x, train=False), stem(x[:, :, ::-1], train=False)], axis=1)
+
+
+def pretrained(task: Task, params: nnx.State, rest: nnx.State, weights: Mapping[str, np.ndarray]) -> tuple:
+    """Parameters and statistics of a task's network, its stem where it has one, with pretrained weights."""
+    module = module_of(task, "ce", params, rest)
+    load_weights(weights, stem=getattr(module, "stem", None), head=module)
+    return nnx.split(module, nnx.Param, ...)[1:]
 
 
 def either_side(features: jax.Array, key: jax.Array) -> jax.Array:

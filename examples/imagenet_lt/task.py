@@ -7,14 +7,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from examples.cifar_lt.imbalance import class_counts, subset
 from examples.imagenet_lt.data import OFFICIAL, Packed, packed, scenes
-from examples.imagenet_lt.features import either_side, lower_layers, one_side
-from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Head, ResNet, load_weights, read_keras, read_pth
+from examples.imagenet_lt.features import either_side, lower_layers, one_side, pretrained
+from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Head, ResNet, read_keras, read_pth
 from examples.lab.errors import UsageError
-from examples.lab.task import Data, Split, Task, module_of
+from examples.lab.task import Data, Split, Task
 
 HELD_OUT_PER_CLASS = 10
 TEST_PER_CLASS = 100  # of the scenes
@@ -113,10 +112,7 @@ class Photographs(Task):
     def calibrate(self, params, rest, data):
         if data.pretrained is None:
             return params, rest
-        module = module_of(self, "ce", params, rest)
-        load_weights(data.pretrained, stem=None if self.frozen else module.stem, head=module)
-        _, params, rest = nnx.split(module, nnx.Param, ...)
-        return params, rest
+        return pretrained(self, params, rest, data.pretrained)
 
     def augment(self, inputs, key):
         """The image or its mirror image; of whole images a random part with other colours."""

@@ -49,8 +49,7 @@ def make_run(recipe: ImdbRecipe) -> Run:
     """The paper's two stages."""
     epochs, rate = recipe.epochs, recipe.rate
     stages = two_stages(recipe, [(epochs, (rate, 0.0))] if recipe.falling else thirds(epochs, rate))
-    fields = ("dataset", "words", "length", "embedding", "hidden", "glove", "validation", "subset_seed")
-    task = Imdb(**{name: getattr(recipe, name) for name in fields})
+    task = recipe.make_task(Imdb)
     task.kept  # noqa: B018  a name that is wrong is found before anything is trained
     return Run(task=task, seed=recipe.seed, stages=stages)
 

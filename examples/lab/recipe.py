@@ -5,12 +5,15 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from examples.lab import methods
 from examples.lab.classifiers import CLASSIFIERS
 from examples.lab.errors import UsageError
 from examples.lab.losses import LOSSES
+from examples.lab.task import Task
+
+Kind = TypeVar("Kind", bound=Task)
 
 
 def _by_name() -> dict[str, Callable[["Recipe"], Any]]:
@@ -149,6 +152,11 @@ class Recipe:
     def name(self) -> str:
         """The name of its files."""
         return f"{self.title}-{self.loss}{self.strength}-s{self.seed}"
+
+    def make_task(self, kind: type[Kind], **others: Any) -> Kind:
+        """The task that has what it shares with the recipe, by the fields' names, and the rest as given."""
+        shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(self)}
+        return kind(**{name: getattr(self, name) for name in shared} | others)
 
     def make_method(self) -> Any:
         return METHODS[self.method](self)

@@ -29,7 +29,7 @@ class TabularRecipe(Recipe):
 
 def make_run(recipe: TabularRecipe) -> Run:
     """The second stage alone."""
-    task = Tabular(dataset=recipe.dataset, validation=recipe.validation, subset_seed=recipe.subset_seed)
+    task = recipe.make_task(Tabular)
     task.classes  # noqa: B018  a name that is wrong is found before anything is trained
     stages = two_stages(recipe, [(recipe.epochs, (recipe.rate, 0.0))])
     return Run(task=task, seed=recipe.seed, stages=stages)
