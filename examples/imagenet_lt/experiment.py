@@ -32,7 +32,7 @@ class PhotoRecipe(Recipe):
     """Pixels that the network sees; scenes have 128."""
     skip_broken: bool = False
     """Leave out images that are missing or broken, and say how many."""
-    epochs: int = 20
+    epochs: int = 10
     begin: float = 0.5
     """Part of the epochs before the second stage. A frozen network has its classifier trained there."""
     rate: float = 0.01

@@ -1,5 +1,6 @@
 """One step of training as a pure function of a stage, a state and a batch: to jit, vmap over runs, shard by batch."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -97,10 +98,7 @@ def train_step(
     method = stage.method if not stage.method.needs_held_out else stage.method.at_rate(rate)
     grads, method_state, info = method.gradient(losses, state.params, state.method, seen, balanced)
     updates, trace = optimizer(stage, rate).update(grads, state.trace, state.params)
-    if stage.trained != "all":
-        first = task.PARTS.index(stage.trained)
-        keep = lambda path, u: u if task.part(names(path)) >= first else jnp.zeros_like(u)  # noqa: E731
-        updates = jax.tree_util.tree_map_with_path(keep, updates)
+    updates = frozen(task, stage, updates, jnp.zeros_like)  # weight decay and old momentum move frozen parts too
     metrics = Metrics(
         loss=jnp.mean(info.losses),
         risk=info.risk,
@@ -114,6 +112,13 @@ def train_step(
     return State(params, info.aux.rest, trace, method_state, state.key, state.step + 1, state.begun), metrics
 
 
+def frozen(task: Task, stage: Stage, params: Any, freeze: Callable[[jax.Array], jax.Array]) -> Any:
+    """A pytree like the parameters, changed by ``freeze`` in the parts that a stage does not train."""
+    first = task.PARTS.index(stage.trained)
+    keep = lambda path, x: x if task.part(names(path)) >= first else freeze(x)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(keep, params)
+
+
 def names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The names along a path into a pytree."""
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
@@ -123,6 +128,7 @@ def losses_of(task: Task, stage: Stage, rest: Any, counts: jax.Array):
     """The losses of a batch as methods get them: see methods/."""
 
     def losses(params, batch):
+        params = frozen(task, stage, params, jax.lax.stop_gradient)  # so no gradient of them is computed
         module = module_of(task, stage.loss, params, rest)
         logits = module(batch.inputs, train=True)
         after = nnx.state(module, nnx.Not(nnx.Param))
