@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.cifar_lt.task import Cifar
 from examples.lab.config import Run
-from examples.lab.experiment import TUNING_VALIDATION, Experiment
+from examples.lab.experiment import TUNING_VALIDATION, Experiment, absgd
 from examples.lab.losses import NEEDS_COSINES
 from examples.lab.recipe import Recipe
 from examples.lab.schedule import Line, two_stages
@@ -107,8 +107,8 @@ def _lines(recipe: CifarRecipe) -> list[Line]:
 LOSSES = ("ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "deferred-balanced-softmax")
 TEMPERATURES = (0.1, 1.0, 5.0, 10.0, 50.0)
 RADII = (0.05, 0.1, 0.3, 1.0)
-ABSGD = [{"method": "absgd", "temperature": t} for t in TEMPERATURES]
-BOUNDED = [{"method": "absgd", "temperature": t, "max_weight": 3.0} for t in (0.5, 1.0, 2.0)]
+ABSGD = absgd(TEMPERATURES)
+BOUNDED = absgd((0.5, 1.0, 2.0), max_weight=3.0)
 
 LONG_TAIL = {
     # Weights of examples, on the losses of the paper.
@@ -138,11 +138,8 @@ LONG_TAIL = {
         for rate in (0.1, 1.0)
         for changes in (
             {},
-            *(
-                {"method": "absgd", "temperature": t, "max_weight": c}
-                for t in (0.5, 1.0, 2.0, 5.0, 10.0)
-                for c in (math.inf, 3.0)
-            ),
+            *absgd((0.5, 1.0, 2.0, 5.0, 10.0)),
+            *absgd((0.5, 1.0, 2.0, 5.0, 10.0), max_weight=3.0),
         )
     ],
 }

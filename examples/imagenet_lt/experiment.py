@@ -9,7 +9,7 @@ from pathlib import Path
 from examples.imagenet_lt.resnet import BLOCKS
 from examples.imagenet_lt.task import Photographs
 from examples.lab.config import Run
-from examples.lab.experiment import Experiment
+from examples.lab.experiment import Experiment, absgd
 from examples.lab.recipe import Recipe
 from examples.lab.schedule import two_stages
 
@@ -70,8 +70,8 @@ def make_run(recipe: PhotoRecipe) -> Run:
     return Run(task=task, seed=recipe.seed, stages=stages)
 
 
-ABSGD = [{"method": "absgd", "temperature": t} for t in (1.0, 5.0, 10.0)]
-BOUNDED = [{"method": "absgd", "temperature": t, "max_weight": 3.0} for t in (0.5, 1.0, 2.0)]
+ABSGD = absgd((1.0, 5.0, 10.0))
+BOUNDED = absgd((0.5, 1.0, 2.0), max_weight=3.0)
 LOSSES = ("ce", "cb-ce", "deferred-balanced-softmax")
 TABLES = {
     # One stage after the other over the whole network.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examples.imdb.task import Imdb
 from examples.lab.config import Run
-from examples.lab.experiment import Experiment
+from examples.lab.experiment import Experiment, absgd
 from examples.lab.recipe import Recipe
 from examples.lab.schedule import thirds, two_stages
 
@@ -69,17 +69,9 @@ EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     presets=PRESETS,
     tables=lambda dataset: {
-        "5": [
-            {"loss": loss, **changes}
-            for loss in LOSSES
-            for changes in ({}, *({"method": "absgd", "temperature": t} for t in (1.0, 5.0, 10.0)))
-        ],
+        "5": [{"loss": loss, **changes} for loss in LOSSES for changes in ({}, *absgd((1.0, 5.0, 10.0)))],
         # The bounded form.
-        "bounded": [
-            {"loss": loss, "method": "absgd", "temperature": t, "max_weight": 3.0}
-            for loss in LOSSES[::2]
-            for t in (0.2, 0.5)
-        ],
+        "bounded": [{"loss": loss, **changes} for loss in LOSSES[::2] for changes in absgd((0.2, 0.5), max_weight=3.0)],
     },
     make_run=make_run,
     evaluate_every={"fast": 6, "paper": 10, "smoke": 1},

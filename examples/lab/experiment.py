@@ -64,6 +64,11 @@ class Experiment:
         return " ".join([f"python -m examples.{self.name} train --preset", recipe.preset, *flags])
 
 
+def absgd(temperatures: Iterable[float], **changes: Any) -> list[dict[str, Any]]:
+    """The method's rows of a table, one for each λ."""
+    return [{"method": "absgd", "temperature": t, **changes} for t in temperatures]
+
+
 def rivals(rows: Iterable[Recipe]) -> list[list[Recipe]]:
     """The rows that differ in nothing but a strength, of which validation chooses one."""
     families: dict[tuple[str, ...], list[Recipe]] = {}

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from examples.lab.config import Run
-from examples.lab.experiment import Experiment
+from examples.lab.experiment import Experiment, absgd
 from examples.lab.recipe import Recipe
 from examples.lab.schedule import two_stages
 from examples.tabular.task import Tabular
@@ -37,8 +37,8 @@ def make_run(recipe: TabularRecipe) -> Run:
 
 ROWS = [
     {},
-    *({"method": "absgd", "temperature": t, "max_weight": 3.0} for t in (0.5, 1.0, 2.0, 5.0)),
-    *({"method": "absgd", "temperature": t} for t in (-0.5, -1.0, -2.0, -5.0)),
+    *absgd((0.5, 1.0, 2.0, 5.0), max_weight=3.0),
+    *absgd((-0.5, -1.0, -2.0, -5.0)),
     *({"method": "focus", "fraction": f, "max_weight": 3.0} for f in (0.3, 0.5, 0.7, 0.9)),
     *({"method": "trust", "fraction": f} for f in (0.7, 0.8, 0.9, 0.95)),
     *({"method": "rgd", "parameter": tau} for tau in (0.5, 1.0, 2.0, 5.0)),
