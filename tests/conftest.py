@@ -1,14 +1,23 @@
 """Eight simulated devices for every test, and no optimisation by LLVM: tests compile more than they compute.
 
+The workers, and the processes that tests start, share what they compile; it is thrown away at the end.
+
 Set before JAX is imported anywhere.
 """
 
+import atexit
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="jax-tests-", ignore_cleanup_errors=True)
+    atexit.register(compiled.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import numpy as np
 import pytest

@@ -11,6 +11,7 @@ from examples.covid_lt import task as covid_task
 from examples.covid_lt.data import CLASSES, Xrays, covid_lt, read_npz, split_by_patient
 from examples.covid_lt.experiment import EXPERIMENT, PRESETS, make_run
 from examples.covid_lt.task import CovidLt
+from examples.imagenet_lt import resnet
 from examples.lab import cli, records
 from examples.lab.errors import UsageError, UserError
 from tests.examples.test_imagenet_resnet import random_weights
@@ -108,7 +109,7 @@ def test_files_that_hold_no_xrays(tmp_path):
 
 @pytest.fixture(scope="module")
 def weights():
-    return random_weights(50, 1000)
+    return random_weights(10, 1000)
 
 
 def test_datasets_by_name():
@@ -124,18 +125,19 @@ def test_datasets_by_name():
 
 
 def test_one_run_end_to_end(weights, tmp_path, monkeypatch, capsys):
-    found = xrays((3, 2, 2, 2), 20)
+    found = xrays((3, 3, 3, 3), 12)
     np.savez(tmp_path / "xray64.npz", image=found.images, label=found.labels, patient=found.patients)
     monkeypatch.setattr(covid_task, "read_keras", lambda path: weights)
-    options = ["--preset", "xray", "--data-dir", str(tmp_path), "--test-per-class", "9", "--batch-size", "16"]
+    monkeypatch.setitem(resnet.BLOCKS, 50, resnet.BLOCKS[10])  # shallow, or most of the time compiles
+    options = ["--preset", "xray", "--data-dir", str(tmp_path), "--test-per-class", "5", "--batch-size", "16"]
     options += ["--epochs", "3", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     bounded = ["--method", "absgd", "--temperature", "1"]
     assert cli.main(EXPERIMENT, ["train", *bounded, *options]) == 0
     record = records.read(tmp_path / "out/xray/xray64-10/absgd-ce-t1-s0.json")
     assert record["class_counts"][0] / record["class_counts"][-1] == pytest.approx(10, rel=0.2)
     assert [epoch for epoch, _ in record["by_epoch"]["loss"]] == [1, 2, 3]
-    assert record["accuracy"] * 36 / 100 == pytest.approx(round(record["accuracy"] * 36 / 100))
+    assert record["accuracy"] * 20 / 100 == pytest.approx(round(record["accuracy"] * 20 / 100))
     assert cli.main(EXPERIMENT, ["train", "--method", "meta", *options]) == 2
     assert "needs held-out examples" in capsys.readouterr().err
-    data = CovidLt(dataset="xray64-10", test_per_class=9, validation=0.2).load(tmp_path)
+    data = CovidLt(dataset="xray64-10", test_per_class=5, validation=0.2).load(tmp_path)
     assert len(set(np.bincount(data.validation.labels))) == 1

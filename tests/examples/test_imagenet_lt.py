@@ -18,6 +18,11 @@ from examples.lab.errors import UserError
 from tests.examples.test_imagenet_resnet import random_weights
 
 
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(10, 1000)
+
+
 def test_lists_and_packed_images(tmp_path):
     for name, grey in (("a", 10), ("b", 200)):
         Image.fromarray(np.full((40, 60, 3), grey, np.uint8)).save(tmp_path / f"{name}.jpg")
@@ -47,14 +52,13 @@ def test_every_row_is_a_run_of_its_own(preset):
     assert len({make_run(row) for row in rows}) == len(rows)
 
 
-def test_lower_layers_and_head_are_the_whole_network(tmp_path):
-    weights = random_weights(50, 1000)
+def test_lower_layers_and_head_are_the_whole_network(weights, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32)).astype(np.uint8)
-    features = lower_layers(images, weights, tmp_path, first_strides=True)
+    features = lower_layers(images, weights, tmp_path, depth=10, first_strides=True)
     assert features.shape == (8, 2, 2, 2, 1024)
-    whole = ResNet(50, 4, first_strides=True, rngs=nnx.Rngs(0))
+    whole = ResNet(10, 4, first_strides=True, rngs=nnx.Rngs(0))
     load_weights(weights, stem=whole.stem, head=whole)
-    head = Head(50, 4, first_strides=True, rngs=nnx.Rngs(1))
+    head = Head(10, 4, first_strides=True, rngs=nnx.Rngs(1))
     load_weights(weights, head=head)
     head.classifier.kernel[...] = whole.classifier.kernel[...]  # of another size than the pretrained
     x = (images[..., None] / 255 - np.array(KERAS_MEAN)) / np.array(STD)
@@ -63,16 +67,11 @@ def test_lower_layers_and_head_are_the_whole_network(tmp_path):
         np.testing.assert_allclose(head(features[:, side], train=False), expected, rtol=1e-3, atol=1e-3)
     (path,) = (tmp_path / "cache").iterdir()
     before = path.stat().st_mtime_ns
-    np.testing.assert_array_equal(lower_layers(images, weights, tmp_path, first_strides=True), features)
+    np.testing.assert_array_equal(lower_layers(images, weights, tmp_path, depth=10, first_strides=True), features)
     assert path.stat().st_mtime_ns == before
     path.rename(path.with_name("of other images.npy"))
-    lower_layers(images + np.uint8(1), weights, tmp_path, first_strides=True)
+    lower_layers(images + np.uint8(1), weights, tmp_path, depth=10, first_strides=True)
     assert path.name not in {other.name for other in (tmp_path / "cache").iterdir()}
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return random_weights(50, 1000)
 
 
 def smooth_images(rng, count, shape):
@@ -129,7 +128,8 @@ def test_scenes_are_split_without_overlap(scene_folder, small, monkeypatch):
 
 @pytest.mark.parametrize("changes", [["--method", "absgd", "--temperature", "1"], ["--classifier", "ncm"]])
 def test_scenes_end_to_end(scene_folder, small, changes):
-    options = ["--preset", "scenes", "--dataset", "scenes-6", "--epochs", "2", "--batch-size", "8", *changes]
+    options = ["--preset", "scenes", "--dataset", "scenes-6", "--depth", "10"]
+    options += ["--epochs", "2", "--batch-size", "8", *changes]
     folders = ["--data-dir", scene_folder, "--work", scene_folder / "work", "--out", scene_folder / "out"]
     assert cli.main(EXPERIMENT, ["train", *options, *map(str, folders)]) == 0
     (path,) = (scene_folder / "out/scenes/scenes-6").glob("*.json")
@@ -161,7 +161,7 @@ def official_folder(tmp_path):
 def test_photographs_by_lists_end_to_end(official_folder, small, frozen):
     options = ["--preset", "whole", "--dataset", "imagenet-lt", "--size", "32", "--epochs", "2", "--batch-size", "4"]
     if frozen:
-        options += ["--frozen", "--depth", "50", "--pretrained", "resnet50.pth", "--trained", "last-block"]
+        options += ["--frozen", "--pretrained", "resnet10.pth", "--trained", "last-block"]
     folders = ["--data-dir", official_folder, "--work", official_folder / "work", "--out", official_folder / "out"]
     assert cli.main(EXPERIMENT, ["train", *options, "--method", "absgd", "--temperature", "1", *map(str, folders)]) == 0
     (path,) = (official_folder / "out/whole/imagenet-lt").glob("*.json")
