@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("process_worker.py")
 
 
 def launch(rank, count, port):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
     arguments = [sys.executable, "-W", "error", str(WORKER), str(rank), str(count), str(port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, env=environment, cwd=WORKER.parents[1], **pipes)

@@ -40,12 +40,22 @@ def gains(picked: Any):
     for place, ((_, method), family) in enumerate(families):
         axis.barh(place, family.gain.mean(), 0.7, color=style.colour(method), alpha=0.8)
         axis.plot(family.gain, np.full(len(family), place), ".", color="black", ms=4)
-    labels = [f"{method} {family.strength.iloc[0]} ({loss})" for (loss, method), family in families]
+    labels = [f"{loss}: {label(method, family)}" for (loss, method), family in families]
     axis.set_yticks(range(len(families)), labels)
     axis.invert_yaxis()
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlabel("gain over SGD with the same loss, points of accuracy")
+    axis.set_xlabel("points over SGD with the same loss")
     return figure
+
+
+def label(method: str, family: Any) -> str:
+    """A method and the strength of its runs."""
+    return f"{style.name(method)}, {family.strength.iloc[0]}".removesuffix(", –")
+
+
+def look(method: str, family: Any) -> dict[str, Any]:
+    """Of its line in a plot."""
+    return {"linestyle": style.line(method), "color": style.colour(method), "label": label(method, family)}
 
 
 def training(picked: Any):
@@ -61,8 +71,7 @@ def training(picked: Any):
     for axis, loss in zip(axes[0], losses, strict=True):
         for method, family in runs[runs.loss == loss].groupby("method", sort=False):
             series = np.array([each["test_accuracy"] for each in family.by_epoch])
-            label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
-            axis.plot(*series.mean(axis=0).T, style.line(method), marker=".", color=style.colour(method), label=label)
+            axis.plot(*series.mean(axis=0).T, marker=".", **look(method, family))
             if (begin := second_stage(family.config.iloc[0]["run"]["stages"])) is not None:
                 axis.axvline(begin, color="black", lw=0.8, ls=":")
         axis.set_title(loss, loc="left", fontsize=9)
@@ -92,10 +101,9 @@ def classes(picked: Any):
     order = np.argsort(-counts, kind="stable")
     figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
     for method, family in runs.groupby("method", sort=False):
-        label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
         mean = np.nanmean(np.array(family.per_class.tolist(), float), axis=0)[order]
         marker = "." if len(order) <= 20 else None
-        axis.plot(mean, style.line(method), marker=marker, color=style.colour(method), label=label)
+        axis.plot(mean, marker=marker, **look(method, family))
     if len(order) <= 20:
         axis.set_xticks(range(len(order)), [f"{count:,}" for count in counts[order]])
     axis.set_xlabel("training images of the class" if len(order) <= 20 else "class, from frequent to rare")
@@ -118,18 +126,18 @@ def strengths(frame: Any):
     for axis, ((loss, method), family) in zip(axes[0], families, strict=True):
         plain = runs[(runs.method == method.replace("absgd", "sgd")) & (runs.loss == loss)]
         if len(plain):
-            axis.axhline(plain.validation_accuracy.mean(), color=style.SGD, label="sgd")
+            axis.axhline(plain.validation_accuracy.mean(), color=style.SGD, label=style.name("sgd"))
         for (negative, bound), line in family.groupby([family.temperature < 0, "max_weight"], sort=True):
             mean = line.groupby(line.temperature.abs()).validation_accuracy.mean()
-            label = ("λ < 0" if negative else "λ > 0") + (f", weights at most {bound:g}" if np.isfinite(bound) else "")
+            shown = ("λ < 0" if negative else "λ > 0") + (f", weights at most {bound:g}" if np.isfinite(bound) else "")
             line_style = "--" if negative else "-"
             colour = style.colour(method, np.isfinite(bound))
-            axis.plot(mean, line_style, marker=".", color=colour, label=label)
+            axis.plot(mean, line_style, marker=".", color=colour, label=shown)
         axis.set_xscale("log")
         ticks = sorted(set(family.temperature.abs()))
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
-        axis.set_title(f"{loss}, {method}", loc="left", fontsize=9)
+        axis.set_title(f"{loss}, {style.name(method)}", loc="left", fontsize=9)
         axis.set_xlabel("|λ|" if (family.temperature < 0).any() else "λ")
         axis.legend(fontsize=7)
     axes[0, 0].set_ylabel("validation accuracy, %")
@@ -145,8 +153,8 @@ def fractions(frame: Any):
     figure, axis = plt.subplots(figsize=(4, 2.8), layout="constrained")
     plain = runs[(runs.method == "sgd") & (runs.loss == "ce")]
     if len(plain):
-        axis.axhline(plain.accuracy.mean(), color=style.SGD, label="sgd")
-    axis.plot(family.groupby("fraction").accuracy.mean(), marker=".", color=style.ABSGD, label="trust")
+        axis.axhline(plain.accuracy.mean(), color=style.SGD, label=style.name("sgd"))
+    axis.plot(family.groupby("fraction").accuracy.mean(), marker=".", color=style.ABSGD, label=style.name("trust"))
     axis.set_xlabel("fraction that is trusted")
     axis.set_ylabel("test accuracy, %")
     axis.legend()
@@ -162,8 +170,7 @@ def wrong_labels(picked: Any):
     figure, axis = plt.subplots(figsize=(4, 2.8), layout="constrained")
     for method, family in runs.groupby("method", sort=False):
         epochs, share = np.array([each["weight_of_wrong"] for each in family.by_epoch]).mean(axis=0).T
-        label = f"{method} {family.strength.iloc[0]}".removesuffix(" –")
-        axis.plot(epochs, 100 * share, style.line(method), marker=".", color=style.colour(method), label=label)
+        axis.plot(epochs, 100 * share, marker=".", **look(method, family))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("epoch")
     axis.set_ylabel("weight of wrong labels, %")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from examples.lab import figures, records
+from examples.lab import figures, records, style
 from examples.lab.errors import UserError
 from examples.lab.experiment import TUNING_SEED, Experiment
 from examples.readme import fill
@@ -21,15 +21,6 @@ Frame = Any  # of pandas, whose own types do not know what a column holds
 STRENGTH = ["temperature", "kl_radius", "fraction", "parameter", "max_weight"]
 FAMILY = ["method", "loss"]
 SYMBOLS = {"temperature": "λ", "kl_radius": "ρ", "fraction": "fraction", "parameter": "p", "max_weight": "c"}
-NAMES = {
-    "sgd": "SGD", "absgd": "ABSGD", "bounded-absgd": "ABSGD, bounded", "kl-radius": "ABSGD, KL radius",
-    "trust": "ABSGD, trusted fraction",
-    "focus": "ABSGD, fraction in focus", "adaptive-gamma": "ABSGD, adaptive γ", "term": "TERM", "recover": "RECOVER",
-    "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm",
-    "lws": "LWS", "gce": "Generalised CE", "sce": "Symmetric CE", "smoothing": "Label smoothing",
-    "forward": "Forward correction", "small-loss": "Small-loss selection", "elr": "Early-learning regularisation",
-    "rgd": "RGD",
-}  # fmt: skip
 MISSING = {
     "fraction": None,
     "parameter": None,
@@ -57,12 +48,12 @@ def strength(record: Any) -> str:
     return ", ".join(f"{SYMBOLS[name]} = {value:g}" for name, value in given.items()) or "–"
 
 
-def spread(values: Frame, style: str = ".2f") -> str:
+def spread(values: Frame, digits: str = ".2f") -> str:
     """Mean ± standard deviation, as far as there are values for it."""
     values = values.dropna()
     if len(values) < 2:
-        return f"{values.iloc[0]:{style}}" if len(values) else "–"
-    return f"{values.mean():{style}} ± {values.std():.2f}"
+        return f"{values.iloc[0]:{digits}}" if len(values) else "–"
+    return f"{values.mean():{digits}} ± {values.std():.2f}"
 
 
 def tested(frame: Frame) -> Frame:
@@ -98,7 +89,7 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
         number = paper.get(f"{method}/{loss}")
         out.append(
             {
-                "method": NAMES.get(method, method),
+                "method": style.name(method),
                 "loss": loss,
                 "strength": picked if len(shown) else "not run" if family.empty else "not chosen",
                 "accuracy": spread(shown.accuracy),
@@ -134,7 +125,7 @@ def made_with(frame: Frame) -> str:
 def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> str:
     """The table of a dataset and what belongs to it alone, in Markdown."""
     pairs = {(row.title, row.loss) for row in experiment.recipes(preset, dataset) if not row.validation}
-    order = list(NAMES)
+    order = list(style.NAMES)
     expected = sorted(pairs, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else len(order)))
     parts = [rows(frame, experiment.paper.get(dataset, {}), expected).to_markdown(index=False)]
     if frame.validation_accuracy.notna().any():

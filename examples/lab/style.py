@@ -9,6 +9,22 @@ plt.rcParams.update(
     {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 110}
 )
 
+NAMES = {
+    "sgd": "SGD", "absgd": "ABSGD", "bounded-absgd": "ABSGD, bounded", "kl-radius": "ABSGD, KL radius",
+    "trust": "ABSGD, trusted fraction",
+    "focus": "ABSGD, fraction in focus", "adaptive-gamma": "ABSGD, adaptive γ", "term": "TERM", "recover": "RECOVER",
+    "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm",
+    "lws": "LWS", "gce": "Generalised CE", "sce": "Symmetric CE", "smoothing": "Label smoothing",
+    "forward": "Forward correction", "small-loss": "Small-loss selection", "elr": "Early-learning regularisation",
+    "rgd": "RGD",
+}  # fmt: skip
+
+
+def name(method: str) -> str:
+    """Of a method as people know it, by its name in records."""
+    method, only = (method.removesuffix("-fc"), ", classifier only") if method.endswith("-fc") else (method, "")
+    return NAMES.get(method, method) + only
+
 
 def colour(method: str, bounded: bool = False) -> str:
     """Of a method by its name in records."""

@@ -125,7 +125,7 @@ def test_datasets_by_name():
 
 
 def test_one_run_end_to_end(weights, tmp_path, monkeypatch, capsys):
-    found = xrays((3, 3, 3, 3), 12)
+    found = xrays((3, 3, 3, 3), 13)
     np.savez(tmp_path / "xray64.npz", image=found.images, label=found.labels, patient=found.patients)
     monkeypatch.setattr(covid_task, "read_keras", lambda path: weights)
     monkeypatch.setitem(resnet.BLOCKS, 50, resnet.BLOCKS[10])  # shallow, or most of the time compiles

@@ -95,7 +95,7 @@ def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission
     assert silenced["SGD"] == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--nonsense"], ["--seeds", "many"]])
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--nonsense"]])
 def test_bad_arguments_exit_with_two(arguments):
     command = [sys.executable, "-m", "examples.digits.main", *arguments]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 2
