@@ -145,18 +145,14 @@ def _train(
     experiment: Experiment, recipes: Sequence[Recipe], machine: Machine, results: Path, deadline: float
 ) -> list[Path]:
     """Trains what has no record yet, and writes records as runs finish."""
-    if machine.distributed:
-        processes.join()
-    console, paths = (
-        Console(quiet=not processes.is_first()),
-        {recipe: experiment.path(recipe, results) for recipe in recipes},
-    )
+    devices = _devices(recipes, machine)
+    console = Console(quiet=not processes.is_first())
+    paths = {recipe: experiment.path(recipe, results) for recipe in recipes}
     for dataset in dict.fromkeys((recipe.preset, recipe.dataset, recipe.validation) for recipe in recipes):
         part = {recipe: experiment.make_run(recipe) for recipe in recipes if _where(recipe) == dataset}
         todo = {recipe: run for recipe, run in part.items() if not records.is_done(paths[recipe], recipe, run)}
         every = experiment.evaluate_every[dataset[0]]
         together = machine.together or (1 if jax.default_backend() == "cpu" else 64)
-        devices = jax.device_count() if machine.distributed else machine.devices
         settings = trainer.Settings(machine.data_dir, machine.work, every, together, devices, deadline)
 
         def finished(run, todo=todo, settings=settings):
@@ -166,6 +162,21 @@ def _train(
 
         trainer.train(list(dict.fromkeys(todo.values())), settings, console, finished)
     return list(paths.values())
+
+
+def _devices(recipes: Sequence[Recipe], machine: Machine) -> int:
+    """The number of devices of a run; of several processes all that they have."""
+    if machine.distributed:
+        if machine.devices != 1:
+            raise UsageError(f"--devices {machine.devices}: --distributed takes all devices that there are.")
+        processes.join()
+    count = jax.device_count() if machine.distributed else machine.devices
+    if not 1 <= count <= jax.device_count():
+        raise UsageError(f"--devices {count}: choose from 1 to {jax.device_count()}, those of this machine.")
+    for size in (recipe.batch_size for recipe in recipes):
+        if size % count:
+            raise UsageError(f"--batch-size {size}: it must be a multiple of the {count} devices.")
+    return count
 
 
 def _check_finite(paths: Sequence[Path]) -> None:

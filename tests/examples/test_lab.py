@@ -368,6 +368,10 @@ def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
         (["--subset-seed", "-1"], "--subset-seed -1"),
         (["--validation", "1"], "--validation 1"),
         (["--classifier", "svm"], "--classifier svm"),
+        (["--devices", "0"], "--devices 0"),
+        (["--devices", "9"], "--devices 9: choose from 1 to 8"),
+        (["--devices", "7"], "it must be a multiple of the 7 devices"),
+        (["--devices", "2", "--distributed"], "--devices 2: --distributed takes all"),
     ],
 )
 def test_numbers_that_cannot_be_are_one_sentence_and_exit_2(arguments, message, capsys):
