@@ -4,7 +4,7 @@ python -m examples.covid_lt sweep --data-dir data
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,13 @@ def make_run(recipe: CovidRecipe) -> Run:
     return Run(task=task, seed=recipe.seed, stages=stages)
 
 
-def rows(losses: Iterable[str], changes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(losses: Sequence[str], changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Some methods on some losses; class weights, and the method with them, begin when the rate falls."""
-    begin = {loss: 1 / 3 if loss.startswith("cb-") else 0.0 for loss in losses}
-    return [{"loss": loss, "begin": begin[loss], **change} for loss in begin for change in changes]
+    return [
+        {"loss": loss, "begin": 1 / 3 if loss.startswith("cb-") else 0.0, **change}
+        for loss in losses
+        for change in changes
+    ]
 
 
 TABLES = {

@@ -126,7 +126,9 @@ def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> 
     """The table of a dataset and what belongs to it alone, in Markdown."""
     pairs = {(row.title, row.loss) for row in experiment.recipes(preset, dataset) if not row.validation}
     order = list(style.NAMES)
-    expected = sorted(pairs, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else len(order)))
+    expected = sorted(
+        pairs, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else len(order), pair[0])
+    )
     parts = [rows(frame, experiment.paper.get(dataset, {}), expected).to_markdown(index=False)]
     if frame.validation_accuracy.notna().any():
         parts.append(f"<details>\n<summary>Validation accuracy</summary>\n\n{validation_table(frame)}\n\n</details>")

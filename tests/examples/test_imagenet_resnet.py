@@ -91,8 +91,11 @@ def forward(w, x, depth, *, first_strides=False, eps=1e-5, biases=None):
     return x.mean(axis=(2, 3)) @ w["fc.weight"].T.astype(np.float64) + w["fc.bias"]
 
 
-@pytest.mark.parametrize(("depth", "parameters"), [(50, 25_557_032), (152, 60_192_808)])
-def test_sizes_are_torchvision_s(depth, parameters):
+@pytest.mark.parametrize(
+    ("depth", "blocks", "parameters"), [(50, (3, 4, 6, 3), 25_557_032), (152, (3, 8, 36, 3), 60_192_808)]
+)
+def test_sizes_are_torchvision_s(depth, blocks, parameters):
+    assert resnet.BLOCKS[depth] == blocks
     module = nnx.eval_shape(lambda: ResNet(depth, 1000, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))) == parameters
     with pytest.raises(ValueError, match="depth=20"):
