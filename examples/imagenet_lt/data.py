@@ -74,7 +74,7 @@ def decoded(content: bytes, side: int, crop: int) -> np.ndarray:
         return np.asarray(resized.crop((left, top, left + crop, top + crop)))
 
 
-def pack(names: Iterable[str], labels: np.ndarray, root: Path, path: Path, *, skip_broken: bool) -> int:
+def pack(names: Iterable[str], labels: np.ndarray, root: Path, path: Path, *, skip_broken: bool) -> None:
     """Writes the images of a list as they are into an ArrayRecord file, and their labels beside it.
 
     Args:
@@ -83,9 +83,6 @@ def pack(names: Iterable[str], labels: np.ndarray, root: Path, path: Path, *, sk
       root: the folder of the images.
       path: the file to write, complete or not at all; labels go to the same name with the suffix ``.npy``.
       skip_broken: leave out what is missing or is no image, instead of an error.
-
-    Returns:
-      How many images were left out.
 
     Raises:
       UserError: for the first image that is missing or cannot be decoded.
@@ -114,7 +111,6 @@ def pack(names: Iterable[str], labels: np.ndarray, root: Path, path: Path, *, sk
     with files.aside(path.with_suffix(".npy")) as file:
         np.save(file, np.array(kept, np.int32))
     unfinished.replace(path)
-    return len(labels) - len(kept)
 
 
 class Packed:
@@ -135,18 +131,34 @@ class Packed:
         return np.stack([decoded(content, self.side, self.crop) for content in self.source.__getitems__(wanted)])
 
 
+class Rows:
+    """Some rows of images, or of their features, which are read when they are asked for."""
+
+    def __init__(self, images: Any, rows: np.ndarray):
+        self.images, self.rows = images, rows
+
+    def __getitem__(self, places: Any) -> np.ndarray:
+        return self.images[self.rows[places]]
+
+
 def packed(name: str, split: str, data_dir: Path, *, skip_broken: bool) -> tuple[Path, np.ndarray]:
     """The file of a split of an official dataset, which is made when it is asked for first, and the labels."""
     known = OFFICIAL[name]
     path = data_dir / "cache" / f"{name}-{split}.array_record"
+    names, labels = read_list(data_dir / known.lists[split], known.classes)
     if not path.is_file():
         root = data_dir / known.folder
         if not root.is_dir():
             raise UserError(f"{root} is not there. Get the images of {name} from {known.images} and put them there.")
-        names, labels = read_list(data_dir / known.lists[split], known.classes)
-        if left_out := pack(names, labels, root, path, skip_broken=skip_broken):
-            print(f"{name}, {split}: {left_out:,} images are missing or broken and were left out.")
-    return path, np.load(path.with_suffix(".npy"))
+        pack(names, labels, root, path, skip_broken=skip_broken)
+    kept = np.load(path.with_suffix(".npy"))
+    if left_out := len(labels) - len(kept):
+        missing = f"{left_out:,} of {len(labels):,} images, which were missing or broken"
+        if not skip_broken:
+            hint = "Go on without them with --skip-broken, or delete the file and get them again"
+            raise UserError(f"{path} lacks {missing}. {hint}.")
+        print(f"{name}, {split}: without {missing}.")
+    return path, kept
 
 
 def scenes(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples.cifar_lt.imbalance import class_counts, subset
-from examples.imagenet_lt.data import OFFICIAL, Packed, packed, scenes
+from examples.imagenet_lt.data import OFFICIAL, Packed, Rows, packed, scenes
 from examples.imagenet_lt.features import either_side, lower_layers, one_side, pretrained
 from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Head, ResNet, read_keras, read_pth
 from examples.lab.errors import UsageError
@@ -66,15 +66,22 @@ class Photographs(Task):
         return (self._scenes if self.ratio else self._official)(data_dir, weights)
 
     def _official(self, data_dir: Path, weights) -> Data:
-        splits, side = {}, self.size * 8 // 7
-        for name in OFFICIAL[self.dataset].lists:
+        lists, size = OFFICIAL[self.dataset].lists, self.size
+
+        def split(name: str, crop: int) -> Split:
             path, labels = packed(self.dataset, name, data_dir, skip_broken=self.skip_broken)
-            inputs = Packed(path, side, self.size if self.frozen or name != "train" else side)
-            if self.frozen:
-                inputs = self._frozen(inputs, weights, data_dir)
-            splits[name] = Split(inputs, labels)
-        # Hyper-parameters are chosen on the official validation split, so nothing of the training set is held out.
-        return Data(splits["train"], splits["test"], splits.get("val") if self.validation else None, pretrained=weights)
+            inputs = Packed(path, size * 8 // 7, size if self.frozen else crop)
+            return Split(self._frozen(inputs, weights, data_dir) if self.frozen else inputs, labels)
+
+        train, test, validation = split("train", size * 8 // 7), split("test", size), None
+        if self.validation and "val" in lists:
+            validation = split("val", size)  # the official one, so nothing of the training set is held out
+        elif self.validation:
+            several = np.bincount(train.labels, minlength=self.classes) > 1
+            chosen = subset(train.labels, several.astype(int), self.subset_seed)  # an image of each class
+            validation = _rows(split("train", size), chosen)
+            train = _rows(train, np.setdiff1d(np.arange(len(train.labels)), chosen))
+        return Data(train, test, validation, pretrained=weights)
 
     def _scenes(self, data_dir: Path, weights) -> Data:
         images, labels, official_test = scenes(data_dir)
@@ -131,6 +138,10 @@ class Photographs(Task):
         if path[0] == "classifier":
             return 2
         return 1 if path[0] == "stage" else 0
+
+
+def _rows(split: Split, rows: np.ndarray) -> Split:
+    return Split(Rows(split.inputs, rows), split.labels[rows])
 
 
 def changed(image: jax.Array, key: jax.Array, size: int) -> jax.Array:

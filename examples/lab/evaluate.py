@@ -5,7 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from examples.lab import processes
 from examples.lab.task import Split, Task, module_of
 from examples.lab.train_step import State
 
@@ -36,23 +38,26 @@ def _each(function, states):
     return jax.vmap(function)(states)
 
 
-def _over(task: Task, split: Split, function) -> np.ndarray:
+def _over(task: Task, split: Split, over: NamedSharding, function) -> np.ndarray:
     """A function of batches of one size, whatever the size of the split; the axis of examples comes second."""
     size, parts = len(split.labels), []
-    batch = min(BATCH, size)
+    devices = over.mesh.size
+    batch = -(-min(BATCH, size) // devices) * devices
+    mine = processes.rows(batch, over)
     for begin in range(0, size, batch):
-        parts.append(function(task.batch(split, np.arange(begin, begin + batch) % size)))
-    return np.concatenate(jax.device_get(parts), axis=1)[:, :size]
+        indices = (begin + mine) % size
+        parts.append(function(processes.gathered(task.batch(split, indices), over, batch)))
+    return np.concatenate(processes.whole(parts), axis=1)[:, :size]
 
 
-def right(task: Task, loss: str, states: State, split: Split) -> np.ndarray:
-    """Which examples each run classifies correctly, shape (runs, N)."""
-    return _over(task, split, lambda batch: _right(task, loss, states, batch))
+def right(task: Task, loss: str, states: State, split: Split, over: NamedSharding) -> np.ndarray:
+    """Which examples each run classifies correctly, shape (runs, N); batches are spread as ``over`` says."""
+    return _over(task, split, over, lambda batch: _right(task, loss, states, batch))
 
 
-def features(task: Task, loss: str, states: State, split: Split) -> np.ndarray:
+def features(task: Task, loss: str, states: State, split: Split, over: NamedSharding) -> np.ndarray:
     """What the classifier of each run sees, shape (runs, N, D)."""
-    return _over(task, split, lambda batch: _features(task, loss, states, batch))
+    return _over(task, split, over, lambda batch: _features(task, loss, states, batch))
 
 
 def by_class(right: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -68,3 +68,8 @@ def rows(size: int, sharding: Sharding) -> np.ndarray:
 def gathered(parts: T, sharding: Sharding, size: int) -> T:
     """The batch, of which every process has its :func:`rows`."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:])), parts)
+
+
+def whole(tree: T) -> T:
+    """Arrays that may be spread over the devices of all, on every host."""
+    return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)

@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # its parts are imported when they are used
 
 from examples.lab import figures, files, processes, records
 from examples.lab.errors import UserError
@@ -71,7 +71,7 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
             test = accuracies(anew(row), "accuracy")
             line |= {"test": test.tolist(), "difference": (test - accuracies(anew(baseline), "accuracy")).tolist()}
         if row in best:
-            line["interval"] = list(stats.ttest_1samp(line["difference"], 0.0).confidence_interval())
+            line["interval"] = list(scipy.stats.ttest_1samp(line["difference"], 0.0).confidence_interval())
         result.append(line)
     processes.by_first(lambda: _write(folder, space, result), "result")
     return markdown(result)

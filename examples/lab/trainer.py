@@ -126,14 +126,14 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
             states, done = checkpoint.restore(manager, like), manager.latest_step()
         lines = checkpoint.read_lines(folder / "metrics.jsonl", done)
         batches = _Batches(first, data, settings)
-        states = processes.spread(states, batches.sharding(P()))
+        states, over = processes.spread(states, batches.sharding(P())), batches.sharding(P("data"))
         for epoch in range(done, first.epochs):
             began = time.perf_counter()
             states, metrics = batches.epoch(stages, states)
             line = {"epoch": epoch + 1, "seconds": time.perf_counter() - began}
             line |= {name: _summary(name, value).tolist() for name, value in metrics._asdict().items()}
             if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == first.epochs:
-                line |= _evaluated(first, data, states)
+                line |= _evaluated(first, data, states, over)
             lines.append(line)
             checkpoint.save(manager, epoch + 1, states)
             processes.by_first(lambda line=line: checkpoint.append_line(folder / "metrics.jsonl", line), "line")
@@ -141,8 +141,8 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
             if processes.agreed(time.monotonic() > settings.deadline):
                 raise OutOfTimeError
         if stage.classifier is not None:
-            states = _fit_classifier(first, data, states)
-            lines.append({"epoch": first.epochs, "seconds": 0.0, **_evaluated(first, data, states)})
+            states = _fit_classifier(first, data, states, over)
+            lines.append({"epoch": first.epochs, "seconds": 0.0, **_evaluated(first, data, states, over)})
     for i, run in enumerate(members):
         before = left_by(run.parent, settings)[1] if run.parent else []
         own = [{k: v[i] if isinstance(v, list) else v for k, v in line.items()} for line in lines]
@@ -234,23 +234,23 @@ def _summary(name: str, values: np.ndarray) -> np.ndarray:
     return values[:, -1] if name in ("risk", "temperature", "rate") else values.mean(axis=1, dtype=np.float64)
 
 
-def _evaluated(run: Run, data: Data, states: State) -> dict[str, Any]:
+def _evaluated(run: Run, data: Data, states: State, over: NamedSharding) -> dict[str, Any]:
     found = {}
     for name, split in (("test", data.test), ("validation", data.validation)):
         if split is not None and len(split.labels):
-            right = evaluate.right(run.task, run.stages[-1].loss, states, split)
+            right = evaluate.right(run.task, run.stages[-1].loss, states, split, over)
             found[f"{name}_accuracy"] = (100 * right.mean(axis=1)).tolist()
             per_class = [evaluate.by_class(each, split.labels, run.task.classes) for each in right]
             found[f"{name}_per_class"] = [each.tolist() for each in per_class]
     return found
 
 
-def _fit_classifier(run: Run, data: Data, states: State) -> State:
+def _fit_classifier(run: Run, data: Data, states: State, over: NamedSharding) -> State:
     """The states with a classifier fitted to the features of the training set."""
     stage, labels = run.stages[-1], jnp.asarray(data.train.labels)
     fit = jax.jit(classifiers.CLASSIFIERS[str(stage.classifier)])
     fitted = []
-    for i, features in enumerate(evaluate.features(run.task, stage.loss, states, data.train)):
+    for i, features in enumerate(evaluate.features(run.task, stage.loss, states, data.train, over)):
         state = jax.tree.map(lambda x, i=i: x[i], states)
         layer = state.params["classifier"]
         linear = classifiers.Linear(layer["kernel"][...], layer["bias"][...])

@@ -1,5 +1,7 @@
 """Photographs: lists, packed images, broken ones, features of frozen layers, and runs end to end."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from examples.imagenet_lt import data as photos, task as photo_task
-from examples.imagenet_lt.data import Packed, pack, read_list
+from examples.imagenet_lt.data import Packed, pack, packed, read_list
 from examples.imagenet_lt.experiment import EXPERIMENT, make_run
 from examples.imagenet_lt.features import lower_layers
 from examples.imagenet_lt.resnet import KERAS_MEAN, STD, Head, ResNet, load_weights
@@ -33,7 +35,7 @@ def test_lists_and_packed_images(tmp_path):
     with pytest.raises(UserError, match=r"broken\.jpg is missing or no image.*--skip-broken"):
         pack(names, labels, tmp_path, path, skip_broken=False)
     assert not path.exists()
-    assert pack(names, labels, tmp_path, path, skip_broken=True) == 2
+    pack(names, labels, tmp_path, path, skip_broken=True)
     np.testing.assert_array_equal(np.load(path.with_suffix(".npy")), [0, 1])
     images = Packed(path, 32, 28)
     assert images[:].shape == (2, 28, 28, 3)
@@ -166,6 +168,35 @@ def test_photographs_by_lists_end_to_end(official_folder, small, frozen):
     assert cli.main(EXPERIMENT, ["train", *options, "--method", "absgd", "--temperature", "1", *map(str, folders)]) == 0
     (path,) = (official_folder / "out/whole/imagenet-lt").glob("*.json")
     assert records.read(path)["class_counts"][:3] == [9, 3, 0]
+
+
+def test_images_that_were_left_out_are_said_again(official_folder, capsys):
+    (official_folder / "ImageNet/train/val3.JPEG").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"val3\.JPEG is missing or no image"):
+        packed("imagenet-lt", "val", official_folder, skip_broken=False)
+    for _ in range(2):
+        assert len(packed("imagenet-lt", "val", official_folder, skip_broken=True)[1]) == 11
+        assert capsys.readouterr().out == "imagenet-lt, val: without 1 of 12 images, which were missing or broken.\n"
+    with pytest.raises(UserError, match="lacks 1 of 12 images, which were missing or broken"):
+        packed("imagenet-lt", "val", official_folder, skip_broken=False)
+
+
+def test_without_a_validation_list_an_image_of_each_class_is_held_out(official_folder, small):
+    folder = official_folder
+    (folder / "ImageNet").rename(folder / "iNaturalist18")
+    for ours, theirs in (("train", "train"), ("val", "test")):
+        (folder / f"ImageNet_LT_{theirs}.txt").rename(folder / f"iNaturalist18_{ours}.txt")
+    task = Photographs(dataset="inaturalist18", depth=10, size=32, validation=0.1)
+    whole, split = dataclasses.replace(task, validation=0.0).load(folder), task.load(folder)
+    assert whole.validation is None
+    np.testing.assert_array_equal(np.bincount(whole.train.labels), [9, 3])
+    np.testing.assert_array_equal(np.bincount(split.train.labels), [8, 2])
+    assert sorted(split.validation.labels) == [0, 1]
+    crop = whole.train.inputs[:][:, 2:34, 2:34]  # images of 36 pixels, for a network that sees 32
+    train, held = (part.inputs[np.arange(len(part.labels))] for part in (split.train, split.validation))
+    assert held.shape == (2, 32, 32, 3)
+    found = [image.tobytes() for image in (*train[:, 2:34, 2:34], *held)]
+    assert sorted(found) == sorted(image.tobytes() for image in crop)
 
 
 def test_changed_images_stay_images():

@@ -16,9 +16,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from examples.lab import checkpoint, cli, figures, plan, records, report, trainer
+from examples.lab import checkpoint, cli, evaluate, figures, plan, records, report, trainer
 from examples.lab.config import SGD, Run, Stage, describe, fingerprint
 from examples.lab.errors import OutOfTimeError, UsageError, UserError
 from examples.lab.input_pipeline import by_length
@@ -29,6 +30,7 @@ from examples.lab.methods.recover import Recover
 from examples.lab.methods.robust_losses import RobustLoss
 from examples.lab.methods.small_loss import SmallLoss
 from examples.lab.recipe import METHODS, Recipe
+from examples.lab.task import Split
 from tests.examples.toy_experiment import EXPERIMENT, Clouds, Streamed
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +173,19 @@ def test_a_batch_over_devices_is_the_batch_on_one(tmp_path):
     over = train(runs, settings(tmp_path / "over", devices=8))
     for one, other in zip(over, train(runs, settings(tmp_path / "alone")), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
+
+
+def test_each_device_evaluates_its_part():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over, seen = NamedSharding(mesh, PartitionSpec("data")), []
+    split = Split(np.zeros((1030, 2)), np.arange(1030))
+
+    def labels(batch):
+        seen.extend(shard.data.shape for shard in batch.labels.addressable_shards)
+        return batch.labels[None]
+
+    np.testing.assert_array_equal(evaluate._over(Clouds(), split, over, labels), split.labels[None])
+    assert seen == 3 * 8 * [(63,)]
 
 
 class Sorted(Streamed):
