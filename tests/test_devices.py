@@ -78,8 +78,7 @@ def alone(optimizer):
     return train(jax.jit(make_step(optimizer)), optimizer)
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("microbatches", "check_vma"), [(1, True), (4, True), (4, False)])
 def test_shard_map_is_the_single_device_update(optimizer, alone, microbatches, check_vma):
     step = shard_map_step(make_step(optimizer, axis_name="data", num_microbatches=microbatches), check_vma=check_vma)
     assert_same(train(step, optimizer), alone)

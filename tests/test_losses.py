@@ -188,9 +188,10 @@ def test_losses_have_float32_or_the_wider_dtype_of_the_logits(name, dtype):
         logits = jnp.asarray(LOGITS, dtype)
         expected = "float64" if dtype == "float64" else "float32"
         for labels in (LABELS, SOFT.astype(np.float64)) if name in SOFTMAX else (SOFT if name in SIGMOID else LABELS,):
-            value, pull = jax.vjp(lambda z, labels=labels: (LOSSES | SIGMOID)[name](z, labels, **arguments), logits)
+            loss = partial((LOSSES | SIGMOID)[name], labels=labels, **arguments)
+            value, grads = jax.eval_shape(lambda z, loss=loss: (loss(z), jax.grad(lambda z: loss(z).sum())(z)), logits)
             assert value.dtype == expected
-            assert pull(value)[0].dtype == dtype
+            assert grads.dtype == dtype
 
 
 @pytest.mark.parametrize("q", [0, [1.0, 0, 0], [0.75, 0.25, 0]], ids=["hard", "one_hot", "soft"])
