@@ -45,24 +45,29 @@ def pair(folder, dataset):
     return [start(rank, port, folder, dataset) for rank in range(2)]
 
 
-@pytest.mark.parametrize("dataset", ["clouds", "streamed"])
-def test_two_processes_are_killed_and_go_on_as_one(tmp_path, dataset):
-    two, limit = tmp_path / "two", time.monotonic() + 120
-    begun = pair(two, dataset)
-    while not any(path.read_text().count("\n") > 1 for path in two.glob("work/*/metrics.jsonl")):
+def kill_in_the_middle(folder, dataset):
+    begun, limit = pair(folder, dataset), time.monotonic() + 120
+    while not any(path.read_text().count("\n") > 1 for path in folder.glob("work/*/metrics.jsonl")):
         assert time.monotonic() < limit
         assert all(process.poll() is None for process in begun), begun[0].communicate()
         time.sleep(0.01)
     for process in begun:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert not list(two.glob("out/**/*.json"))
-    again = pair(two, dataset)
+    assert not list(folder.glob("out/**/*.json"))
+
+
+@pytest.mark.parametrize(("dataset", "killed"), [("clouds", False), ("streamed", True)])
+def test_two_processes_train_as_one_and_go_on_when_they_are_killed(tmp_path, dataset, killed):
+    two = tmp_path / "two"
+    if killed:
+        kill_in_the_middle(two, dataset)
+    both = pair(two, dataset)
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in again]
-        assert [process.returncode for process in again] == [0, 0], outputs
+        outputs = [process.communicate(timeout=120)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
     finally:
-        for process in again:
+        for process in both:
             process.kill()
     assert "epoch" not in outputs[1]  # the first process speaks for all
     assert cli.main(EXPERIMENT, [*arguments(tmp_path / "one", dataset), "--devices", "8"]) == 0
