@@ -66,18 +66,23 @@ def test_parameters_and_risk_at_the_level_of_the_gradient(batch_size, dtype):
             np.testing.assert_allclose(np.float64(risk), np.float64(log_s[-1]), rtol=tolerance, atol=truth_rounding)
 
 
-@pytest.mark.parametrize("bias_correction", [False, True])
-@pytest.mark.parametrize("gamma", [0.05, 0.9, 1.0])
-@pytest.mark.parametrize("temperature", [-2.0, 0.1, 1.0, 30.0])
-def test_weights_and_state_of_the_loss_level_weights(temperature, gamma, bias_correction):
-    losses, gradients, w = make_stream(16, np.float32)
+@partial(jax.jit, static_argnums=3)
+def through_losses(losses, temperature, gamma, bias_correction):
     weighting = absgd_jax.weight_by_absgd(temperature, gamma, bias_correction=bias_correction)
 
     def step(state, batch):
         weights, state = weighting.update(batch, state)
         return state, (weights, state)
 
-    _, (weights, states) = jax.lax.scan(step, weighting.init(), losses)
+    return jax.lax.scan(step, weighting.init(), losses)[1]
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("gamma", [0.05, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [-2.0, 0.1, 1.0, 30.0])
+def test_weights_and_state_of_the_loss_level_weights(temperature, gamma, bias_correction):
+    losses, gradients, w = make_stream(16, np.float32)
+    weights, states = through_losses(losses, temperature, gamma, bias_correction)
     lam, gamma = np.float32(temperature), np.float32(gamma)
     _, expected, log_s = algorithm1(
         losses, gradients, w, temperature=lam, gamma=gamma, learning_rate=1.0, bias_correction=bias_correction

@@ -570,7 +570,7 @@ def test_infinite_temperature_is_momentum_sgd_when_compiled(options, size):
 
 # --- both APIs ------------------------------------------------------------------------------------------------------
 
-DOORS = {
+SETTINGS = {
     "positive": (2.0, 0.9, False),
     "positive_corrected": (2.0, 0.3, True),
     "negative": (-2.0, 0.5, False),
@@ -583,7 +583,7 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize(("temperature", "gamma", "bias_correction"), DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize(("temperature", "gamma", "bias_correction"), SETTINGS.values(), ids=SETTINGS)
 def test_both_apis_take_the_same_path(temperature, gamma, bias_correction):
     weighting = weight_by_absgd(temperature, gamma, bias_correction=bias_correction)
     transform = scale_by_absgd(temperature, gamma, bias_correction=bias_correction)
