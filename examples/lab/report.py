@@ -1,7 +1,7 @@
 """Tables and figures of records, drawn from the JSON files alone.
 
-``python -m examples.<experiment> report FOLDER`` writes table.md and PNGs beside the records of each dataset, and for
-results inside the experiment fills its README.
+``python -m examples.<experiment> report FOLDER`` writes table.md and PNGs beside the records of each dataset. Without a
+folder it does so for all results inside the experiment, and fills its README.
 """
 
 from collections.abc import Sequence
@@ -148,17 +148,17 @@ def legend(experiment: Experiment) -> str:
 
 
 def report(experiment: Experiment, folders: Sequence[Path]) -> None:
-    """Tables and figures of presets' results."""
-    console, sections, inside = Console(), [], True
+    """Tables and figures of presets' results; those of all that the experiment holds are in its README, too."""
+    console, sections, own = Console(), [], (experiment.folder / "results").glob("*")
+    all_of_them = {folder.resolve() for folder in folders} == {folder.resolve() for folder in own}
     for folder in folders:
         for dataset, frame in load(folder).groupby("dataset"):
             place = folder / str(dataset)
             text = section(experiment, folder.name, str(dataset), frame)
             (place / "table.md").write_text(f"{text}\n\n{legend(experiment)}\n", encoding="utf-8")
             drawn = figures.draw(frame, tested(frame), chosen(frame), place)
-            inside &= place.resolve().is_relative_to(experiment.folder)
-            pictures = [f"![{path.stem}]({path.resolve().relative_to(experiment.folder)})" for path in drawn if inside]
+            pictures = [f"![{path.stem}]({'/'.join(path.parts[-4:])})" for path in drawn]
             sections.append("\n\n".join([f"### {dataset}, preset {folder.name}", text, *pictures]))
             console.print(f"{place / 'table.md'} and {', '.join(path.name for path in drawn)}")
-    if inside:
+    if all_of_them:
         fill(experiment.folder / "README.md", "\n\n".join([legend(experiment), *sections]))

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +315,22 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
     assert table["ABSGD", "ce"][5] == f"{np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}"
     assert table["SGD", "cb-ce"][-1] == "2"
     assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
+
+
+def test_a_readme_shows_all_results_or_stays(swept, tmp_path):
+    experiment = dataclasses.replace(EXPERIMENT, folder=tmp_path)
+    for preset in ("one", "two"):
+        shutil.copytree(swept / "out/tiny/clouds", tmp_path / "results" / preset / "clouds")
+    experiment = dataclasses.replace(experiment, presets=dict.fromkeys(("one", "two"), EXPERIMENT.presets["tiny"]))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- generated -->\nold\n<!-- /generated -->\n")
+    assert cli.main(experiment, ["report", str(tmp_path / "results" / "one")]) == 0
+    assert "old" in readme.read_text()
+    assert cli.main(experiment, ["report"]) == 0
+    headings = [line for line in readme.read_text().splitlines() if line.startswith("### ")]
+    assert headings == ["### clouds, preset one", "### clouds, preset two"]
+    for picture in re.findall(r"\((.*png)\)", readme.read_text()):
+        assert (tmp_path / picture).is_file()
 
 
 def test_where_the_second_stage_begins():
