@@ -63,10 +63,10 @@ class Imdb(Task):
             pretrained=numbers,
         )
 
-    def batch(self, split, indices):
-        tokens = split.inputs[indices]
+    def batch(self, split, indices, mine=slice(None)):
+        tokens, labels = split.inputs[indices], split.labels[indices]
         longest = -(-_lengths(tokens).max() // BUCKET) * BUCKET
-        return Split(tokens[:, :longest], split.labels[indices])
+        return Split(tokens[mine, :longest], labels[mine])
 
     def lengths(self, split):
         return _lengths(split.inputs)

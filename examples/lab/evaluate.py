@@ -45,8 +45,8 @@ def _over(task: Task, split: Split, over: NamedSharding, function) -> np.ndarray
     batch = -(-min(BATCH, size) // devices) * devices
     mine = processes.rows(batch, over)
     for begin in range(0, size, batch):
-        indices = (begin + mine) % size
-        parts.append(function(processes.gathered(task.batch(split, indices), over, batch)))
+        indices = (begin + np.arange(batch)) % size
+        parts.append(function(processes.gathered(task.batch(split, indices, mine), over, batch)))
     return np.concatenate(processes.whole(parts), axis=1)[:, :size]
 
 

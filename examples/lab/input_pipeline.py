@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import joblib
 import numpy as np
 
 from examples.lab.errors import UsageError
@@ -12,7 +14,6 @@ from examples.lab.task import Split, Task
 
 STEPS, HELD_OUT = 0, 1  # what an epoch draws from its key
 POOL = 32  # batches among which examples are sorted by length
-THREADS = 4
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -52,12 +53,13 @@ def by_length(key: jax.Array, lengths: jax.Array, *, steps: int, batch_size: int
     return jax.random.permutation(jax.random.fold_in(key, 1), order)
 
 
-def stream(task: Task, split: Split, order: np.ndarray) -> Iterator[Split]:
-    """The batches of an epoch in the order of its steps, made ahead by other threads."""
+def stream(task: Task, split: Split, order: np.ndarray, mine: Any = slice(None)) -> Iterator[Split]:
+    """The batches of an epoch in the order of its steps, or this process's part, made ahead by other threads."""
     import grain  # not by those who do not stream: it warns about older versions of JAX
 
-    batches = grain.MapDataset.source(range(len(order))).map(lambda step: task.batch(split, order[step]))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)))
+    threads = joblib.cpu_count()  # that this process may use
+    batches = grain.MapDataset.source(range(len(order))).map(lambda step: task.batch(split, order[step], mine))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
 def take(split: Split, indices: jax.Array) -> Split:

@@ -51,9 +51,12 @@ class Task(abc.ABC):
 
     streamed = False  # whether batches are made on the host, by ``batch``, and not taken from data on the device
 
-    def batch(self, split: Split, indices: np.ndarray) -> Split:
-        """Some examples, as arrays; of batches made on the host the shape may differ."""
-        return jax.tree.map(lambda x: x[indices], split)
+    def batch(self, split: Split, indices: np.ndarray, mine: Any = slice(None)) -> Split:
+        """Those examples of a batch that this process needs, as arrays.
+
+        Where batches are made on the host, their shape may depend on ``indices``, not on ``mine``.
+        """
+        return jax.tree.map(lambda x: x[indices[mine]], split)
 
     def lengths(self, split: Split) -> np.ndarray | None:
         """By what to sort examples, shape (N,), so that those of a batch are alike; None leaves them in any order."""

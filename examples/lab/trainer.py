@@ -181,8 +181,6 @@ class _Batches:
         if not self.task.streamed:
             self.train, self.held_out = processes.spread((self.train, self.held_out), self.sharding(P()))
         self.lengths = self.task.lengths(data.train)
-        if self.lengths is not None and jax.process_count() > 1:
-            raise UsageError("--distributed: batches of one length are not yet made by several processes.")
         self.together = 1 if jax.default_backend() == "cpu" else self.steps
 
     def sharding(self, spec: P) -> NamedSharding:
@@ -200,8 +198,8 @@ class _Batches:
     def _streamed(self, split: Split, order: np.ndarray) -> Iterator[tuple[Split, jax.Array]]:
         """Batches of one run, of which each process makes its part, and the indices of their examples."""
         over, size = self.sharding(P("data")), self.stage.batch_size
-        mine = order[:, processes.rows(size, over)]
-        for batch, indices in zip(stream(self.task, split, mine), mine, strict=True):
+        mine = processes.rows(size, over)
+        for batch, indices in zip(stream(self.task, split, order, mine), order[:, mine], strict=True):
             yield processes.gathered((batch, indices), over, size)
 
     def epoch(self, stages, states: State) -> tuple[State, Metrics]:

@@ -64,6 +64,8 @@ def test_batches_are_padded_to_their_longest_review(folder):
     assert batch.inputs.shape == (3, 25)
     np.testing.assert_array_equal(batch.inputs, train.inputs[[0, 5, 119], :25])
     np.testing.assert_array_equal(task.lengths(train), (train.inputs != 0).sum(axis=1))
+    train.inputs[5, :60] = 2  # for all processes as long as the longest review of all
+    assert [task.batch(train, np.array([0, 5, 119]), [i]).inputs.shape for i in range(3)] == 3 * [(1, 75)]
 
 
 def test_missing_and_empty_folders(folder, tmp_path, monkeypatch):

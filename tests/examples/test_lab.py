@@ -33,7 +33,7 @@ from examples.lab.methods.robust_losses import RobustLoss
 from examples.lab.methods.small_loss import SmallLoss
 from examples.lab.recipe import METHODS, Recipe
 from examples.lab.task import Split
-from tests.examples.toy_experiment import EXPERIMENT, Clouds, Streamed
+from tests.examples.toy_experiment import EXPERIMENT, Clouds, Sorted, Streamed
 
 ROOT = Path(__file__).parents[2]
 FIRST = Stage(epochs=2, rate=(0.1, 0.1), batch_size=40)
@@ -188,13 +188,6 @@ def test_each_device_evaluates_its_part():
 
     np.testing.assert_array_equal(evaluate._over(Clouds(), split, over, labels), split.labels[None])
     assert seen == 3 * 8 * [(63,)]
-
-
-class Sorted(Streamed):
-    """And alike in a batch."""
-
-    def lengths(self, split):
-        return (100 * split.inputs[:, 0]).astype(int)
 
 
 def test_batches_from_the_host_are_those_from_the_device(tmp_path):

@@ -57,7 +57,7 @@ def kill_in_the_middle(folder, dataset):
     assert not list(folder.glob("out/**/*.json"))
 
 
-@pytest.mark.parametrize(("dataset", "killed"), [("clouds", False), ("streamed", True)])
+@pytest.mark.parametrize(("dataset", "killed"), [("clouds", False), ("sorted", True)])
 def test_two_processes_train_as_one_and_go_on_when_they_are_killed(tmp_path, dataset, killed):
     two = tmp_path / "two"
     if killed:
