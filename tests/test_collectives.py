@@ -93,25 +93,27 @@ def truth(loss, params, lam, weights, slices):
     return jax.value_and_grad(risk)(params)
 
 
-def over_devices(how, f, params, spec, *batch):
-    """What ``f(params, *batch)`` gives with the batch spread over the devices, as whole arrays."""
+def over_devices(how, f, spec, arrays):
+    """``f(params, *batch)`` with a batch of so many arrays spread over the devices, of and to whole arrays."""
     if how in ("check_vma", "no check_vma"):
-        specs = {"in_specs": (spec, *[P("data")] * len(batch)), "out_specs": (P(), spec)}
-        return jax.jit(jax.shard_map(f, mesh=MESH, check_vma=how == "check_vma", **specs))(params, *batch)
+        specs = {"in_specs": (spec, *[P("data")] * arrays), "out_specs": (P(), spec)}
+        return jax.jit(jax.shard_map(f, mesh=MESH, check_vma=how == "check_vma", **specs))
     split_axis = {"a": 1, "b": 0, "experts": 0}
     shared = spec == P()
-    if not shared:
-        params = {k: np.stack(np.split(v, DEVICES, split_axis[k])) for k, v in params.items()}
-    batch = [v.reshape(DEVICES, -1, *v.shape[1:]) for v in batch]
-    axes = (None if shared else 0, *[0] * len(batch))
-    options = {"axis_name": "data", "in_axes": axes}
+    options = {"axis_name": "data", "in_axes": (None if shared else 0, *[0] * arrays)}
     each = jax.pmap(f, **options) if how == "pmap" else jax.jit(jax.vmap(f, **options))
-    risk, grads = each(params, *batch)
-    np.testing.assert_allclose(risk, np.broadcast_to(risk[0], DEVICES), rtol=1e-12)
-    if shared:
-        jax.tree.map(lambda g: np.testing.assert_allclose(g, np.broadcast_to(g[0], g.shape), rtol=1e-9), grads)
-        return risk[0], jax.tree.map(lambda g: g[0], grads)
-    return risk[0], {k: np.concatenate(np.asarray(v), split_axis[k]) for k, v in grads.items()}
+
+    def call(params, *batch):
+        if not shared:
+            params = {k: np.stack(np.split(v, DEVICES, split_axis[k])) for k, v in params.items()}
+        risk, grads = each(params, *[v.reshape(DEVICES, -1, *v.shape[1:]) for v in batch])
+        np.testing.assert_allclose(risk, np.broadcast_to(risk[0], DEVICES), rtol=1e-12)
+        if shared:
+            jax.tree.map(lambda g: np.testing.assert_allclose(g, np.broadcast_to(g[0], g.shape), rtol=1e-9), grads)
+            return risk[0], jax.tree.map(lambda g: g[0], grads)
+        return risk[0], {k: np.concatenate(np.asarray(v), split_axis[k]) for k, v in grads.items()}
+
+    return call
 
 
 def close(actual, expected, rtol=1e-9):
@@ -134,11 +136,13 @@ def test_value_and_grad_is_one_device(name, how, slices):
     loss, params, spec = LOSSES[name]
     if slices == 2 and (name == "experts" or how not in ("check_vma", "pmap")):
         return  # four examples a device do not go to eight experts; slices do not ask how devices are spread
-    for lam in (1.0, -1.5, INF) if how == "check_vma" else (-1.5,):
-        options = {"num_microbatches": slices, "axis_name": "data", "sharded": spec != P()}
-        f = absgd_jax.value_and_grad(lambda p, x, y: loss(p, x, y, "data"), **options)
-        run = lambda p, x, y, w: f(p, x, y, temperature=lam, weights=w)  # noqa: B023, E731
-        close(over_devices(how, run, params, spec, X, Y, WEIGHTS), truth(loss, params, lam, WEIGHTS, slices))
+    options = {"num_microbatches": slices, "axis_name": "data", "sharded": spec != P()}
+    f = absgd_jax.value_and_grad(lambda p, x, y: loss(p, x, y, "data"), **options)
+    run = lambda p, x, y, w, lam: f(p, x, y, temperature=jax.lax.pmax(lam[0], "data"), weights=w)  # noqa: E731
+    spread = over_devices(how, run, spec, 4)
+    for lam in (1.0, -1.5, INF):
+        actual = spread(params, X, Y, WEIGHTS, np.full(BATCH, lam))
+        close(actual, truth(loss, params, lam, WEIGHTS, slices))
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -154,7 +158,7 @@ def test_plain_grad_of_the_risk_over_an_axis_differentiates_as_a_mean_does(name,
             grads = jax.tree.map(mean, grads)
         return value, grads
 
-    close(over_devices(how, run, params, spec, X, Y, WEIGHTS), truth(loss, params, 1.3, WEIGHTS, 1))
+    close(over_devices(how, run, spec, 3)(params, X, Y, WEIGHTS), truth(loss, params, 1.3, WEIGHTS, 1))
 
 
 @pytest.mark.parametrize("how", ["check_vma", "no check_vma"])
@@ -180,7 +184,7 @@ def test_the_slopes_in_temperature_and_weights_are_those_of_the_global_batch(how
 def test_the_kl_divergence_and_the_axes_that_remain(how):
     losses = rng.normal(size=(BATCH, 3)) ** 2
     run = lambda _, x: (absgd_jax.entropic_risk(x, 0.8, axis=0, axis_name="data")[1], {})  # noqa: E731
-    risk, _ = over_devices(how, run, {}, P(), losses)
+    risk, _ = over_devices(how, run, P(), 1)({}, losses)
     np.testing.assert_allclose(risk, literal(losses[:, 1], 0.8, np.ones(BATCH)), rtol=1e-12)
 
     def with_kl(p, x, y):
@@ -188,7 +192,8 @@ def test_the_kl_divergence_and_the_axes_that_remain(how):
         (_, kl), grads = f(p, x, y, temperature=0.8)
         return kl, grads
 
-    kl, _ = over_devices(how, with_kl, *SHARED, X, Y)
+    params, spec = SHARED
+    kl, _ = over_devices(how, with_kl, spec, 2)(params, X, Y)
     tilted = jnp.exp(plain(SHARED[0], X, Y, None) / 0.8)
     share = tilted / jnp.sum(tilted)
     np.testing.assert_allclose(kl, jnp.sum(share * jnp.log(share * BATCH)), rtol=1e-10)
@@ -205,7 +210,8 @@ def test_parameters_that_the_caller_made_varying_have_gradients_of_their_own(sli
         risk, grads = f(own, x, y, temperature=1.3)
         return risk, jax.lax.psum(grads, "data")  # as with jax.grad, their sum is the gradient
 
-    actual = over_devices("check_vma", run, *SHARED, X, Y)
+    params, spec = SHARED
+    actual = over_devices("check_vma", run, spec, 2)(params, X, Y)
     close(actual, truth(synchronised_batch_norm, SHARED[0], 1.3, np.ones(BATCH), slices))
 
 
@@ -271,4 +277,5 @@ def test_a_model_a_device_and_weights_within_a_device(slices):
         parts = zip(np.split(X, DEVICES), np.split(Y, DEVICES), strict=True)
         return sum(literal(plain(p, x, y, None), 1.3, jnp.ones(len(y))) for x, y in parts)
 
-    close(over_devices("check_vma", run, *SHARED, X, Y), jax.value_and_grad(summed)(SHARED[0]))
+    params, spec = SHARED
+    close(over_devices("check_vma", run, spec, 2)(params, X, Y), jax.value_and_grad(summed)(SHARED[0]))

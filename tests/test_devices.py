@@ -68,7 +68,7 @@ def shard_map_step(step, mesh=MESH, axes="data", **options):
     return jax.jit(jax.shard_map(step, mesh=mesh, **specs, **options))
 
 
-@pytest.fixture(params=OPTIMIZERS, scope="module")
+@pytest.fixture(params=["negative", "kl_radius"], scope="module")
 def optimizer(request):
     return OPTIMIZERS[request.param]
 
@@ -78,7 +78,13 @@ def alone(optimizer):
     return train(jax.jit(make_step(optimizer)), optimizer)
 
 
-@pytest.mark.parametrize(("microbatches", "check_vma"), [(1, True), (4, True), (4, False)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, indirect=True)
+def test_every_optimizer_over_devices_and_micro_batches(optimizer, alone):
+    step = shard_map_step(make_step(optimizer, axis_name="data", num_microbatches=4))
+    assert_same(train(step, optimizer), alone)
+
+
+@pytest.mark.parametrize(("microbatches", "check_vma"), [(1, True), (4, False)])
 def test_shard_map_is_the_single_device_update(optimizer, alone, microbatches, check_vma):
     step = shard_map_step(make_step(optimizer, axis_name="data", num_microbatches=microbatches), check_vma=check_vma)
     assert_same(train(step, optimizer), alone)
