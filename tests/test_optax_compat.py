@@ -238,20 +238,22 @@ def test_injected_hyperparameter_can_change_between_steps(factory, name):
     step, state = compiled(optimizer), optimizer.init(params)
     for t in range(2):
         params, state, _ = step(params, state, *regression(t, noise=1.0))
+    batch = regression(2, noise=1.0)
+
+    def flat(params, state, risk):
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves((params, state, risk))])
+
+    def injected():
+        new, left, risk = step(params, state, *batch)
+        return flat(new, left.inner_state, risk)
+
+    unchanged = injected()
     state.hyperparams[name] = jnp.asarray(after[name], state.hyperparams[name].dtype)
-    actual = step(params, state, *regression(2, noise=1.0))
+    actual = injected()
     assert step.traces() == 1
-
-    def built_with(values):
-        inner = optax.tree.set(state.inner_state, temperature=jnp.float32(values["temperature"]))
-        return compiled(factory(**values))(params, inner, *regression(2, noise=1.0))
-
-    def flat(out):
-        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(out)])
-
-    actual = flat((actual[0], actual[1].inner_state, actual[2]))
-    assert_allclose(actual, flat(built_with(after)), rtol=2e-5, atol=1e-6)
-    assert not np.allclose(actual, flat(built_with(before)), rtol=1e-3)
+    inner = optax.tree.set(state.inner_state, temperature=jnp.float32(after["temperature"]))
+    assert_allclose(actual, flat(*compiled(factory(**after))(params, inner, *batch)), rtol=2e-5, atol=1e-6)
+    assert not np.allclose(actual, unchanged, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("factory", "name"), CASES)
