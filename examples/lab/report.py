@@ -119,7 +119,9 @@ def validation_table(frame: Frame) -> str:
 def made_with(frame: Frame) -> str:
     hardware = "; ".join(sorted(set(frame.hardware)))
     versions = ", ".join(sorted({f"{name} {number}" for each in frame.versions for name, number in each.items()}))
-    return f"{hardware}. A run takes {frame.seconds.mean() / 60:.1f} minutes on average. {versions}."
+    seconds = frame.seconds.median()  # that of a run that was interrupted tells nothing
+    duration = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return f"{hardware}. The median run takes {duration}. {versions}."
 
 
 def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> str:
