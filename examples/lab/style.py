@@ -18,12 +18,15 @@ NAMES = {
     "forward": "Forward correction", "small-loss": "Small-loss selection", "elr": "Early-learning regularisation",
     "rgd": "RGD",
 }  # fmt: skip
+FORMS = {"-fc": "classifier only", "-one-stage": "one stage", "-no-momentum": "without momentum"}
 
 
 def name(method: str) -> str:
     """Of a method as people know it, by its name in records."""
-    method, only = (method.removesuffix("-fc"), ", classifier only") if method.endswith("-fc") else (method, "")
-    return NAMES.get(method, method) + only
+    for suffix, words in FORMS.items():
+        if method.endswith(suffix):
+            return f"{name(method.removesuffix(suffix))}, {words}"
+    return NAMES.get(method, method)
 
 
 def colour(method: str, bounded: bool = False) -> str:

@@ -153,6 +153,7 @@ def test_one_run_end_to_end(cifar10, tmp_path, capsys):
     [
         ("cifar10-lt-100", None),
         ("cifar100-st-10", None),
+        ("cifar10-lt-1", None),
         ("cifar10-lt-1-sym0.4", 0.6),
         ("cifar10-lt-1-asym0.4", 0.8),
         ("cifar100-lt-1-asym0.4", 0.6),
