@@ -7,6 +7,7 @@ Set before JAX is imported anywhere.
 
 import atexit
 import os
+import socket
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -29,6 +30,18 @@ def same_numbers_in_any_order(request):
     rng = getattr(getattr(request.node, "module", None), "rng", None)
     if rng is not None:
         rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
+@pytest.fixture
+def free_port():
+    """A function that finds a port on which processes can meet."""
+
+    def find():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()[1]
+
+    return find
 
 
 def pytest_collection_modifyitems(config, items):

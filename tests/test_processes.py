@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +29,8 @@ def results(processes):
             p.kill()
 
 
-def test_two_processes_give_the_parameters_of_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_processes_give_the_parameters_of_one(free_port):
+    port = free_port()
     pair = results([launch(rank, 2, port) for rank in range(2)])
     (alone,) = results([launch(0, 1, port)])
     assert alone["processes"] == 1

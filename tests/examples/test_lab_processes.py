@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -47,15 +46,8 @@ for command in {commands(folder, "--distributed")}:
     return subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=ROOT, **pipes)
 
 
-def pair(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [start(rank, port, folder) for rank in range(2)]
-
-
-def kill_in_the_middle(folder):
-    begun, limit = pair(folder), time.monotonic() + 240
+def kill_in_the_middle(begun, folder):
+    limit = time.monotonic() + 240
     while not any(path.read_text().count("\n") > 1 for path in folder.glob("work/*/metrics.jsonl")):
         assert time.monotonic() < limit
         assert all(process.poll() is None for process in begun), begun[0].communicate()
@@ -66,10 +58,11 @@ def kill_in_the_middle(folder):
     assert not list(folder.glob("out/**/*.json"))
 
 
-def test_two_processes_that_were_killed_train_as_one(tmp_path):
+def test_two_processes_that_were_killed_train_as_one(tmp_path, free_port):
     two = tmp_path / "two"
-    kill_in_the_middle(two)
-    both = pair(two)
+    pair = lambda port: [start(rank, port, two) for rank in range(2)]  # noqa: E731
+    kill_in_the_middle(pair(free_port()), two)
+    both = pair(free_port())
     try:
         outputs = [process.communicate(timeout=240)[0] for process in both]
         assert [process.returncode for process in both] == [0, 0], outputs
