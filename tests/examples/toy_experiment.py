@@ -52,14 +52,14 @@ class Streamed(Clouds):
 
 
 class Sorted(Streamed):
-    """The same points as sums of one to four terms; batches have as many as the longest of them."""
+    """The same points as sums of one or two terms; a batch has as many as the longest of them."""
 
     def load(self, data_dir):
         return Data(*(split and self.in_terms(split) for split in super().load(data_dir)[:4]))
 
     def in_terms(self, split):
-        terms = np.random.default_rng(1).integers(1, 5, len(split.labels)).astype(np.float32)[:, None, None]
-        return split._replace(inputs=np.where(np.arange(4)[:, None] < terms, split.inputs[:, None] / terms, 0))
+        terms = np.random.default_rng(1).integers(1, 3, len(split.labels)).astype(np.float32)[:, None, None]
+        return split._replace(inputs=np.where(np.arange(2)[:, None] < terms, split.inputs[:, None] / terms, 0))
 
     def lengths(self, split):
         return np.any(split.inputs != 0, axis=-1).sum(axis=-1)
