@@ -27,13 +27,15 @@ def class_counts(imbalance: str, ratio: float, classes: int, n_max: int) -> np.n
       UserError: if ``ratio`` is less than 1 or leaves a class empty.
     """
     if not 1 <= ratio < float("inf"):
-        raise UsageError(f"--ratio {ratio}: it must be at least 1, the largest class over the smallest.")
+        raise UsageError(f"An imbalance ratio of {ratio}: it must be at least 1, the largest class over the smallest.")
     place = np.arange(classes)
     exponents = place / (classes - 1) if imbalance == "lt" else np.where(place < classes // 2, 0.0, 1.0)
     # The same expression as in the published code, so that the integer parts are the same.
     counts = np.array([int(n_max * (1 / ratio) ** exponent) for exponent in exponents])
     if counts.min() < 1:
-        raise UsageError(f"--ratio {ratio} leaves no image of the rarest class: the most frequent has only {n_max}.")
+        raise UsageError(
+            f"An imbalance ratio of {ratio} leaves no image of the rarest class: the most frequent has only {n_max}."
+        )
     return counts
 
 
@@ -44,8 +46,6 @@ def subset(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     for c, count in enumerate(counts):
         members = np.flatnonzero(labels == c)
         if count > len(members):
-            raise UsageError(
-                f"{count} images of class {c} are asked for, but there are only {len(members)}: lower --n-max."
-            )
+            raise UsageError(f"{count} images of class {c} are asked for, but there are only {len(members)}.")
         chosen.append(rng.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))

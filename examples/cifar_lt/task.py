@@ -15,11 +15,11 @@ from examples.cifar_lt.imbalance import class_counts, subset
 from examples.cifar_lt.models import ResNet, Shallow, whitening_kernel
 from examples.lab.errors import UsageError, UserError
 from examples.lab.losses import NEEDS_COSINES
-from examples.lab.task import Data, Split, Task
+from examples.lab.task import NUMBER, Data, Split, Task
 
 HELD_OUT_PER_CLASS = 10
 DATASET = re.compile(
-    r"(cifar10|cifar100)-(lt|st)-([0-9.]+)(?:-(sym|asym)(0?\.[0-9]+)|-(aggre|worse|random[123]|noisy))?"
+    rf"(cifar10|cifar100)-(lt|st)-{NUMBER}(?:-(sym|asym)(0?\.[0-9]+)|-(aggre|worse|random[123]|noisy))?"
 )
 
 

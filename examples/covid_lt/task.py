@@ -11,7 +11,7 @@ from examples.covid_lt.data import CLASSES, covid_lt, read_npz, split_by_patient
 from examples.imagenet_lt.features import either_side, lower_layers, one_side, pretrained
 from examples.imagenet_lt.resnet import Head, read_keras
 from examples.lab.errors import UsageError
-from examples.lab.task import Data, Split, Task
+from examples.lab.task import NUMBER, Data, Split, Task
 
 WEIGHTS = Path("resnet50-imagenet") / "weights.npz"
 
@@ -30,7 +30,7 @@ class CovidLt(Task):
 
     @property
     def parsed(self) -> tuple[str, float]:
-        found = re.fullmatch(r"(covid-lt|xray64)-([0-9.]+)", self.dataset)
+        found = re.fullmatch(f"(covid-lt|xray64)-{NUMBER}", self.dataset)
         if not found or float(found[2]) < 1:
             raise UsageError(f"--dataset {self.dataset}: it should be like covid-lt-10 or xray64-10.")
         return found[1], float(found[2])
@@ -39,7 +39,6 @@ class CovidLt(Task):
         source, ratio = self.parsed
         xrays = covid_lt(data_dir, self.size) if source == "covid-lt" else read_npz(data_dir / "xray64.npz")
         weights = read_keras(data_dir / WEIGHTS)
-        features = lower_layers(xrays.images, weights, data_dir, first_strides=True)
         test, rest = split_by_patient(xrays, self.test_per_class, self.subset_seed)
         share = np.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes)).astype(int)
         kept = rest[subset(xrays.labels[rest], np.full(self.classes, share.min()), self.subset_seed)]
@@ -50,8 +49,11 @@ class CovidLt(Task):
         counts = class_counts("lt", ratio, self.classes, n_max)
         train = rest[subset(xrays.labels[rest], counts, self.subset_seed)]
 
+        used = np.sort(np.concatenate([train, test, kept]))
+        features = lower_layers(xrays.images[used], weights, data_dir, first_strides=True)
+
         def split(places) -> Split:
-            return Split(features[places], xrays.labels[places])
+            return Split(features[np.searchsorted(used, places)], xrays.labels[places])
 
         return Data(
             train=split(train),

@@ -13,7 +13,7 @@ from examples.imagenet_lt.data import OFFICIAL, Packed, Rows, packed, scenes
 from examples.imagenet_lt.features import either_side, lower_layers, one_side, pretrained
 from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Head, ResNet, read_keras, read_pth
 from examples.lab.errors import UsageError
-from examples.lab.task import Data, Split, Task
+from examples.lab.task import NUMBER, Data, Split, Task
 
 HELD_OUT_PER_CLASS = 10
 TEST_PER_CLASS = 100  # of the scenes
@@ -41,7 +41,7 @@ class Photographs(Task):
         """The imbalance ratio of the scenes; None of the official datasets, which are imbalanced as they are."""
         if self.dataset in OFFICIAL:
             return None
-        found = re.fullmatch(r"scenes-([0-9.]+)", self.dataset)
+        found = re.fullmatch(f"scenes-{NUMBER}", self.dataset)
         if not found or float(found[1]) < 1:
             raise UsageError(f"--dataset {self.dataset}: choose from {', '.join(OFFICIAL)}, or scenes-100.")
         return float(found[1])

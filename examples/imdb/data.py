@@ -1,6 +1,7 @@
 """The Large Movie Review Dataset (Maas et al. 2011) as distributed, downloaded where missing; words as numbers."""
 
 import itertools
+import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_glove(path: Path, numbers: dict[str, int], size: int) -> dict[int, np.n
     try:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                word, *values = line.rstrip().split(" ")
+                word, *values = line.rstrip().rsplit(" ", size)  # a word may contain spaces
                 if len(values) != size:
                     raise UserError(f"{path} has vectors of {len(values)} numbers, --embedding is {size}.")
                 if word in numbers:
@@ -78,9 +79,13 @@ def read_glove(path: Path, numbers: dict[str, int], size: int) -> dict[int, np.n
 
 
 def _download(data_dir: Path) -> None:
-    unpack = pooch.Untar(extract_dir=".")
+    unfinished = data_dir / "aclImdb.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
+    unpack = pooch.Untar(extract_dir=unfinished.name)
     try:
         pooch.retrieve(URL, f"md5:{MD5}", fname="aclImdb_v1.tar.gz", path=data_dir, processor=unpack)
+        (unfinished / "aclImdb").replace(data_dir / "aclImdb")
+        unfinished.rmdir()
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(

@@ -10,7 +10,7 @@ import numpy as np
 from examples.imdb.data import PADDING, UNKNOWN, encode, read, read_glove, vocabulary
 from examples.imdb.models import ReviewClassifier
 from examples.lab.errors import UsageError
-from examples.lab.task import Data, Split, Task
+from examples.lab.task import NUMBER, Data, Split, Task
 
 BUCKET = 25  # words; batches are padded to a multiple of it
 
@@ -33,7 +33,7 @@ class Imdb(Task):
 
     @property
     def kept(self) -> float:
-        found = re.fullmatch(r"imdb-([0-9.]+)", self.dataset)
+        found = re.fullmatch(f"imdb-{NUMBER}", self.dataset)
         if not found or not 0 < float(found[1]) <= 100:
             raise UsageError(
                 f"--dataset {self.dataset}: it should be like imdb-10, where 10 % of the negative are kept."
@@ -47,7 +47,9 @@ class Imdb(Task):
         held_out = [round(self.validation * len(members)) for members in of_class]
         validation = np.concatenate([members[:n] for members, n in zip(of_class, held_out, strict=True)])
         negative, positive = (members[n:] for members, n in zip(of_class, held_out, strict=True))
-        chosen = np.concatenate([negative[: round(self.kept * len(negative))], positive])
+        if not (left := round(self.kept * len(negative))):
+            raise UsageError(f"--dataset {self.dataset} keeps none of the {len(negative):,} negative reviews.")
+        chosen = np.concatenate([negative[:left], positive])
         numbers = vocabulary([train.words[i] for i in chosen], self.words)
 
         def split(reviews, places) -> Split:

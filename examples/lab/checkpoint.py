@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.lab import files, processes
@@ -24,15 +25,17 @@ Tree = TypeVar("Tree")
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other commands out of a folder of checkpoints; the first process does it for those that train with it."""
-    if not processes.is_first():
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"Another process trains in {folder}. Wait for it, or choose another --work.") from None
+    with ExitStack() as opened:
+
+        def lock():
+            folder.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context((folder / "lock").open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"Another process trains in {folder}. Wait for it, or choose another --work.") from None
+
+        processes.by_first(lock)
         yield
 
 
@@ -52,10 +55,13 @@ def save(manager: ocp.CheckpointManager, epoch: int, state: Any) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, like: Tree) -> Tree:
-    """The last state saved, with the structure and shapes of ``like``, whose leaves may be abstract."""
+    """The last state saved, as NumPy arrays, with the structure and shapes of ``like``, whose leaves may be abstract.
+
+    As NumPy arrays, because it may have been saved from other devices than there are now.
+    """
     leaves = named(like)
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
-    found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
+    arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(arrays))
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves])
 
 
@@ -68,10 +74,10 @@ def finish(folder: Path, state: Any, metrics: list[dict[str, Any]]) -> None:
         remove(folder)
         aside.replace(folder)
 
-    processes.by_first(lambda: remove(aside), "aside")
+    processes.by_first(lambda: remove(aside))
     with open_manager(aside) as manager:
         save(manager, 0, state)
-    processes.by_first(put_in_place, "finished")
+    processes.by_first(put_in_place)
 
 
 def is_finished(folder: Path) -> bool:
@@ -99,7 +105,7 @@ def read_lines(path: Path, epochs: int) -> list[dict[str, Any]]:
         if metrics["epoch"] <= epochs:
             lines.append(metrics)
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    processes.by_first(lambda: files.write(path, content), "lines")
+    processes.by_first(lambda: files.write(path, content))
     return lines
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from examples.lab.input_pipeline import class_balanced
+
 BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 128, 0.2, 0.9, 5e-4  # the paper's code has batches of 512
 
 
@@ -121,21 +123,7 @@ def lws(features: jax.Array, labels: jax.Array, linear: Linear, key: jax.Array, 
     return Linear(kernel * factors, bias * factors)
 
 
-def balanced_batch(labels: jax.Array, classes: int, size: int) -> Callable[[jax.Array], jax.Array]:
-    """Makes ``draw(key) -> indices``, shape (size,), with replacement: first a class, then one of its examples."""
-    order, counts = jnp.argsort(labels), jnp.bincount(labels, length=classes)
-    starts = jnp.cumsum(counts) - counts
-
-    def draw(key):
-        class_key, example_key = jax.random.split(key)
-        chosen = jax.random.randint(class_key, (size,), 0, classes)
-        return order[starts[chosen] + jax.random.randint(example_key, (size,), 0, counts[chosen])]
-
-    return draw
-
-
 def _fit(apply, params, inputs, labels, classes, key, steps) -> Any:
-    draw = balanced_batch(labels, classes, BATCH)
     sgd = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps), MOMENTUM)
     optimizer = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), sgd)
 
@@ -145,7 +133,8 @@ def _fit(apply, params, inputs, labels, classes, key, steps) -> Any:
 
     def body(carry, key):
         params, opt_state = carry
-        updates, opt_state = optimizer.update(jax.grad(loss)(params, draw(key)), opt_state, params)
+        batch = class_balanced(key, labels, steps=1, batch_size=BATCH, classes=classes)[0]
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
     (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), jax.random.split(key, steps))

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def train(experiment: Experiment, arguments: Sequence[str]) -> None:
     deadline = time.monotonic() + 60 * machine.max_minutes
     (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results", deadline)
     _check_finite([path])
-    Console().print(f"{recipe.name}: {records.summary(path)}; see {path}")
+    _console().print(f"{recipe.name}: {records.summary(path)}; see {path}")
 
 
 def run_profile(experiment: Experiment, arguments: Sequence[str]) -> None:
@@ -119,7 +120,7 @@ def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:
     best = [max(family, key=validated) if len(family) > 1 else family[0] for family in families]
     paths += _train(experiment, [r for row in best for r in with_seeds(row, chosen.seeds)], machine, results, deadline)
     _check_finite(paths)
-    Console().print(f"{len(paths)} runs. See: python -m examples.{experiment.name} report {paths[0].parents[1]}")
+    _console().print(f"{len(paths)} runs. See: python -m examples.{experiment.name} report {paths[0].parents[1]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ def run_search(experiment: Experiment, arguments: Sequence[str]) -> None:
     deadline = time.monotonic() + 60 * machine.max_minutes
 
     train_all = lambda recipes: _train(experiment, recipes, machine, chosen.folder, deadline)  # noqa: E731
-    Console().print(search.search(experiment, chosen.folder, train_all), soft_wrap=True)
+    _console().print(search.search(experiment, chosen.folder, train_all), soft_wrap=True)
 
 
 def _train(
@@ -146,8 +147,13 @@ def _train(
 ) -> list[Path]:
     """Trains what has no record yet, and writes records as runs finish."""
     devices = _devices(recipes, machine)
-    console = Console(quiet=not processes.is_first())
+    if machine.together is not None and machine.together < 1:
+        raise UsageError(f"--together {machine.together}: at least 1 is needed.")
+    console = _console()
     paths = {recipe: experiment.path(recipe, results) for recipe in recipes}
+    for path, times in Counter(paths.values()).items():
+        if times > 1:
+            raise UserError(f"{path} would be of {times} runs: what they differ in is no part of the name.")
     for dataset in dict.fromkeys((recipe.preset, recipe.dataset, recipe.validation) for recipe in recipes):
         part = {recipe: experiment.make_run(recipe) for recipe in recipes if _where(recipe) == dataset}
         todo = {recipe: run for recipe, run in part.items() if not records.is_done(paths[recipe], recipe, run)}
@@ -158,10 +164,15 @@ def _train(
         def finished(run, todo=todo, settings=settings):
             for recipe in (recipe for recipe, its in todo.items() if its == run):
                 content = records.record(experiment.name, recipe, run, settings, experiment.command(recipe))
-                processes.by_first(lambda p=paths[recipe], c=content: records.write(p, c), "record")
+                processes.by_first(lambda p=paths[recipe], c=content: records.write(p, c))
 
         trainer.train(list(dict.fromkeys(todo.values())), settings, console, finished)
     return list(paths.values())
+
+
+def _console() -> Console:
+    """The first process speaks for all."""
+    return Console(quiet=not processes.is_first())
 
 
 def _devices(recipes: Sequence[Recipe], machine: Machine) -> int:
@@ -188,7 +199,15 @@ def _where(recipe: Recipe) -> tuple:
     return recipe.preset, recipe.dataset, recipe.validation
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draws tables and figures of results."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders of results, each of a preset. By default all of the experiment, which also fills its README."""
+
+
 def write_report(experiment: Experiment, arguments: Sequence[str]) -> None:
     """Tables and figures of the results in some folders."""
-    folders = [Path(argument) for argument in arguments]
+    folders = tyro.cli(Report, args=list(arguments)).folders
     report.report(experiment, folders or sorted((experiment.folder / "results").glob("*")))

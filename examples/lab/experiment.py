@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Experiment:
 
     @property
     def paper(self) -> dict[str, Any]:
-        """Published numbers: dataset -> "method/loss" -> {"accuracy": …}."""
+        """Published numbers: dataset -> "method/loss" -> {"top1": …}."""
         path = self.folder / "paper.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -60,8 +61,13 @@ class Experiment:
         """The command that gives one run alone."""
         default = dataclasses.asdict(self.presets[recipe.preset])
         changed = {k: v for k, v in dataclasses.asdict(recipe).items() if v != default[k] and k != "preset"}
-        flags = [f"--{k.replace('_', '-')}" + (f" {v}" if v is not True else "") for k, v in changed.items()]
-        return " ".join([f"python -m examples.{self.name} train --preset", recipe.preset, *flags])
+        words = [f"python -m examples.{self.name} train --preset", recipe.preset]
+        for name, value in changed.items():
+            option = name.replace("_", "-")
+            words.append(f"--{'no-' * (value is False)}{option}")
+            if not isinstance(value, bool):
+                words.append(shlex.quote(str(value)))
+        return " ".join(words)
 
 
 def absgd(temperatures: Iterable[float], **changes: Any) -> list[dict[str, Any]]:

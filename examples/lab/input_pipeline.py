@@ -36,11 +36,11 @@ def shuffled(key: jax.Array, labels: jax.Array, *, steps: int, batch_size: int) 
 
 @partial(jax.jit, static_argnames=("steps", "batch_size", "classes"))
 def class_balanced(key: jax.Array, labels: jax.Array, *, steps: int, batch_size: int, classes: int) -> jax.Array:
-    """Indices of batches, shape (steps, B), drawn with replacement: first a class, then one of its examples."""
+    """Indices of batches, shape (steps, B), drawn with replacement: first a class that occurs, then an example."""
     order, counts = jnp.argsort(labels), jnp.bincount(labels, length=classes)
-    starts = jnp.cumsum(counts) - counts
+    starts, there = jnp.cumsum(counts) - counts, jnp.argsort(counts == 0, stable=True)
     class_key, example_key = jax.random.split(key)
-    chosen = jax.random.randint(class_key, (steps, batch_size), 0, classes)
+    chosen = there[jax.random.randint(class_key, (steps, batch_size), 0, jnp.sum(counts > 0))]
     return order[starts[chosen] + jax.random.randint(example_key, (steps, batch_size), 0, counts[chosen])]
 
 

@@ -38,9 +38,12 @@ def _checksum(folder: Path) -> str:
 
 @cache
 def program() -> str:
-    """A checksum of the code and the versions, without which a stage must not be continued."""
+    """A checksum of the code and the versions, without which a stage must not be continued.
+
+    Of all experiments, because they share networks and data.
+    """
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return fingerprint(*versions, _checksum(SOURCES / "absgd_jax"), _checksum(SOURCES / "examples" / "lab"))
+    return fingerprint(*versions, _checksum(SOURCES / "absgd_jax"), _checksum(SOURCES / "examples"))
 
 
 @cache

@@ -8,6 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from examples.lab.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -21,26 +23,30 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait(reason: str) -> None:
-    """Until all processes are here."""
+def by_first(act: Callable[[], T]) -> T | None:
+    """What only the first process does; the others wait until it is done, and fail if it fails."""
+    return _in_turn(act, mine=is_first())
+
+
+def first_then_others(act: Callable[[], T]) -> T:
+    """What the first process may prepare on disk for the others; where one fails, all fail."""
+    first, others = _in_turn(act, mine=is_first()), _in_turn(act, mine=not is_first())
+    return first if is_first() else others  # pyright: ignore[reportReturnType]
+
+
+def _in_turn(act: Callable[[], T], *, mine: bool) -> T | None:
+    """Does it where it is this process's turn. None goes on to a collective at which one that has failed is missing."""
+    found = failure = None
+    if mine:
+        try:
+            found = act()
+        except Exception as error:  # raised below, when the others know
+            failure = error
+    failed = failure is not None
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(reason)
-
-
-def by_first(write: Callable[[], object], reason: str) -> None:
-    """What only the first process does; the others wait until it is done."""
-    if is_first():
-        write()
-    wait(reason)
-
-
-def first_then_others(read: Callable[[], T], reason: str) -> T:
-    """What the first process may prepare on disk for the others."""
-    if not is_first():
-        wait(reason)
-    found = read()
-    if is_first():
-        wait(reason)
+        failed = bool(multihost_utils.process_allgather(np.bool_(failed)).any())
+    if failed:
+        raise failure or UserError("Another process has stopped; its message says why.")
     return found
 
 

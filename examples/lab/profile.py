@@ -26,6 +26,7 @@ def profile(run: Run, settings: trainer.Settings) -> str:
     is the time that the FLOPs would take at the speed of a product of two matrices, measured in the same run. Where
     batches are made on the host, ahead of the step, a first row says how fast: the slower of it and the step waits.
     """
+    trainer.check(run, settings)
     task, data = run.task, trainer.load(run.task, settings.data_dir)
     stage = next(stage for stage in reversed(run.stages) if stage.epochs)
     labels, size = data.train.labels, trainer.size_of(run, settings)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from examples.lab.config import SGD, Stage
+from examples.lab.errors import UsageError
 from examples.lab.recipe import Recipe
 
 Line = tuple[int, tuple[float, float]]  # epochs in which the learning rate is linear, and its ends
@@ -25,12 +26,17 @@ def two_stages(
       second_rate: factor on the learning rate in the second stage.
       second: other fields of the second stage's :class:`Stage`.
       shared: fields of both.
+
+    Raises:
+      UsageError: if the second stage is asked for something and has no epoch.
     """
     loss, second_loss = recipe.losses
     turn = round(recipe.begin * recipe.epochs)
+    weighted = {"loss": second_loss, "class_weights": recipe.loss.startswith("cb-"), "method": recipe.make_method()}
+    if turn == recipe.epochs and weighted != {"loss": loss, "class_weights": False, "method": SGD}:
+        raise UsageError(f"--begin {recipe.begin} --epochs {recipe.epochs}: no epoch is left for the second stage.")
     copied = ("batch_size", "momentum", "weight_decay", "balanced_batches")
     first = {"loss": loss, "method": SGD} | {name: getattr(recipe, name) for name in copied} | shared
-    weighted = {"loss": second_loss, "class_weights": recipe.loss.startswith("cb-"), "method": recipe.make_method()}
     stages, done = [], 0
     for epochs, (begin, end) in _cut(lines, turn, shared.get("rate_by_epoch", False)):
         if done < turn:

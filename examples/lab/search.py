@@ -73,7 +73,7 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
         if row in best:
             line["interval"] = list(scipy.stats.ttest_1samp(line["difference"], 0.0).confidence_interval())
         result.append(line)
-    processes.by_first(lambda: _write(folder, space, result), "result")
+    processes.by_first(lambda: _write(folder, space, result))
     return markdown(result)
 
 

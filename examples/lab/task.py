@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+NUMBER = r"(\d+(?:\.\d+)?)"  # in the name of a dataset
+
 
 class Split(NamedTuple):
     """Examples and their classes; as NumPy arrays, or on the device."""

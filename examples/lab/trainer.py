@@ -46,7 +46,14 @@ class Settings(NamedTuple):
 
 @lru_cache(maxsize=2)
 def load(task: Task, data_dir: Path) -> Data:
-    return processes.first_then_others(lambda: task.load(data_dir), "data")
+    return processes.first_then_others(lambda: task.load(data_dir))
+
+
+def check(run: Run, settings: Settings) -> None:
+    """That the data have what the methods of a run need, before anything is trained."""
+    for method in (stage.method for stage in run.stages):
+        if method.needs_held_out and load(run.task, settings.data_dir).held_out is None:
+            raise UsageError(f"{type(method).__name__} needs held-out examples, and {run.task} has none.")
 
 
 def train(runs: Sequence[Run], settings: Settings, console: Console, finished: Callable[[Run], None]) -> None:
@@ -58,6 +65,8 @@ def train(runs: Sequence[Run], settings: Settings, console: Console, finished: C
     with checkpoint.locked(settings.work):
         for run in filter(is_done, runs):
             finished(run)
+        for run in runs:
+            check(run, settings)
         for members in list(plan.groups(runs, is_done, settings.together)):
             _train_stage(members, settings, console)
             for run in members:
@@ -130,14 +139,15 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
         for epoch in range(done, first.epochs):
             began = time.perf_counter()
             states, metrics = batches.epoch(stages, states)
-            line = {"epoch": epoch + 1, "seconds": time.perf_counter() - began}
+            line = {"epoch": epoch + 1, "seconds": (time.perf_counter() - began) / len(members)}
             line |= {name: _summary(name, value).tolist() for name, value in metrics._asdict().items()}
             if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == first.epochs:
                 line |= _evaluated(first, data, states, over)
             lines.append(line)
+            # The line first: one without a checkpoint is taken out again, a checkpoint without a line would be a gap.
+            processes.by_first(lambda line=line: checkpoint.append_line(folder / "metrics.jsonl", line))
             checkpoint.save(manager, epoch + 1, states)
-            processes.by_first(lambda line=line: checkpoint.append_line(folder / "metrics.jsonl", line), "line")
-            console.print(_shown(members, line), soft_wrap=True)
+            console.print(_shown(first, line), soft_wrap=True)
             if processes.agreed(time.monotonic() > settings.deadline):
                 raise OutOfTimeError
         if stage.classifier is not None:
@@ -147,7 +157,7 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
         before = left_by(run.parent, settings)[1] if run.parent else []
         own = [{k: v[i] if isinstance(v, list) else v for k, v in line.items()} for line in lines]
         checkpoint.finish(folder_of(run, settings), jax.tree.map(lambda x, i=i: x[i], states), [*before, *own])
-    processes.by_first(lambda: checkpoint.remove(folder), "stage")
+    processes.by_first(lambda: checkpoint.remove(folder))
 
 
 def _begin(members: Sequence[Run], data: Data, settings: Settings) -> State:
@@ -176,8 +186,6 @@ class _Batches:
         facts = Facts(np.bincount(labels, minlength=run.task.classes), self.steps, wrong)
         self.facts = processes.spread(facts, self.sharding(P()))
         self.train, self.held_out = data.train, data.held_out if self.stage.method.needs_held_out else None
-        if self.stage.method.needs_held_out and data.held_out is None:
-            raise UsageError(f"{type(self.stage.method).__name__} needs held-out examples, and {self.task} has none.")
         if not self.task.streamed:
             self.train, self.held_out = processes.spread((self.train, self.held_out), self.sharding(P()))
         self.lengths = self.task.lengths(data.train)
@@ -259,15 +267,17 @@ def _fit_classifier(run: Run, data: Data, states: State, over: NamedSharding) ->
     return stack(fitted)
 
 
-def _shown(members: Sequence[Run], line: dict[str, Any]) -> str:
+def _shown(run: Run, line: dict[str, Any]) -> str:
     """The first of the runs that train together, for all."""
     numbers = {name: values[0] for name, values in line.items() if isinstance(values, list)}
     lam = "∞" if abs(numbers["temperature"]) > 1e38 else f"{numbers['temperature']:.3g}"
     accuracy = f"  test {numbers['test_accuracy']:.2f} %" if "test_accuracy" in numbers else ""
-    tipping = numbers["largest_weight"] > TIPPING
-    warning = "  [yellow]single examples have most of the weight: bound it with --max-weight 3[/]" if tipping else ""
+    warning = ""
+    if numbers["largest_weight"] > TIPPING:
+        hint = ": bound it with --max-weight 3" if hasattr(run.stages[-1].method, "max_weight") else ""
+        warning = f"  [yellow]single examples have most of the weight{hint}[/]"
     return (
-        f"epoch {line['epoch']}/{members[0].epochs}  loss {numbers['loss']:.4f}  rate {numbers['rate']:.3g}  "
+        f"epoch {line['epoch']}/{run.epochs}  loss {numbers['loss']:.4f}  rate {numbers['rate']:.3g}  "
         f"λ {lam}  sample size {numbers['sample_size']:.0%}  "
         f"largest weight {numbers['largest_weight']:.3g}  {line['seconds']:.1f} s{accuracy}{warning}"
     )

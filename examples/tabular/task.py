@@ -59,9 +59,12 @@ class Tabular(Task):
         return Data(scaled(train), scaled(test), validation and scaled(validation))
 
     def _split(self, rows: Split, part: float) -> tuple[Split, Split]:
-        x, other_x, y, other_y = train_test_split(
-            *rows, test_size=part, random_state=self.subset_seed, stratify=rows.labels
-        )
+        try:
+            x, other_x, y, other_y = train_test_split(
+                *rows, test_size=part, random_state=self.subset_seed, stratify=rows.labels
+            )
+        except ValueError as error:
+            raise UsageError(f"--validation {part} of {len(rows.labels)} rows: {error}") from None
         return Split(x, y), Split(other_x, other_y)
 
     def network(self, loss, rngs):

@@ -190,7 +190,7 @@ def test_step_counts():
 
 @pytest.mark.parametrize("ratio", [0.5, float("nan"), float("inf"), 1000])
 def test_impossible_ratios_are_told(ratio):
-    with pytest.raises(UserError, match="--ratio"):
+    with pytest.raises(UserError, match="imbalance ratio"):
         class_counts("lt", ratio, 10, 100)
 
 

@@ -113,7 +113,7 @@ def weights():
 
 
 def test_datasets_by_name():
-    for name in ("covid", "covid-lt-0.5", "xray64", "xray64-x"):
+    for name in ("covid", "covid-lt-0.5", "covid-lt-1.0.0", "xray64", "xray64-x"):
         with pytest.raises(UsageError, match=f"--dataset {name}"):
             make_run(dataclasses.replace(PRESETS["xray"], dataset=name))
     rows = EXPERIMENT.recipes("xray")

@@ -51,7 +51,7 @@ def test_most_negative_reviews_are_removed_from_the_training_set_alone(folder):
     ]
     other = Imdb(dataset="imdb-50").load(folder)
     np.testing.assert_array_equal(np.bincount(other.train.labels), [30, 60])
-    for name in ("imdb", "imdb-0", "imdb-101", "imdb--5", "sst-10"):
+    for name in ("imdb", "imdb-0", "imdb-101", "imdb--5", "imdb-1.2.3", "imdb-0.001", "sst-10"):
         with pytest.raises(UsageError, match=f"--dataset {name}"):
             Imdb(dataset=name).load(folder)
 
@@ -75,6 +75,15 @@ def test_missing_and_empty_folders(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data.pooch, "retrieve", offline)
     with pytest.raises(UserError, match=r"is missing, and https://ai\.stanford\.edu.*no network"):
         data.read(tmp_path)
+
+    def full(*args, path, processor, **kwargs):
+        (path / processor.extract_dir / "aclImdb/train/neg").mkdir(parents=True)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(data.pooch, "retrieve", full)
+    for _ in range(2):  # half of the reviews are not taken for all
+        with pytest.raises(UserError, match="no space left"):
+            data.read(tmp_path)
     (tmp_path / "aclImdb").mkdir()
     with pytest.raises(UserError, match="holds no reviews"):
         data.read(tmp_path)
@@ -119,7 +128,7 @@ def test_an_lstm_by_hand():
 
 def test_glove_vectors_are_where_words_begin(folder, tmp_path):
     path = tmp_path / "glove.txt"
-    path.write_text("film 1 2 3\nunheard 4 5 6\n", encoding="utf-8")
+    path.write_text("film 1 2 3\nunheard 4 5 6\n. . . 7 8 9\n", encoding="utf-8")
     task = Imdb(dataset="imdb-100", embedding=3, glove=str(path))
     loaded = task.load(folder)
     _, params, rest = nnx.split(task.network("ce", nnx.Rngs(0)), nnx.Param, ...)

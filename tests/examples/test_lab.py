@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -388,6 +389,9 @@ def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
         (["--devices", "9"], "--devices 9: choose from 1 to 8"),
         (["--devices", "7"], "it must be a multiple of the 7 devices"),
         (["--devices", "2", "--distributed"], "--devices 2: --distributed takes all"),
+        (["--together", "0"], "--together 0"),
+        (["--begin", "1", "--loss", "cb-ce"], "--begin 1.0 --epochs 4: no epoch is left"),
+        (["--epochs", "1", "--begin", "0.9", "--method", "absgd", "--temperature", "1"], "no epoch is left"),
     ],
 )
 def test_numbers_that_cannot_be_are_one_sentence_and_exit_2(arguments, message, capsys):
@@ -414,6 +418,26 @@ def test_unknown_commands_tables_and_methods(capsys):
     assert cli.main(EXPERIMENT, ["sweep", "--methods", "adam"]) == 2
     assert cli.main(EXPERIMENT, ["sweep", "--seeds", "0"]) == 2
     assert "adam: choose from absgd" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(EXPERIMENT, ["report", "--help"])
+    assert "Folders of results" in capsys.readouterr().out
+
+
+def test_a_command_gives_its_run_again(tmp_path):
+    recipe = dataclasses.replace(EXPERIMENT.presets["tiny"], dataset="two words", begin=0.25, balanced_batches=True)
+    experiment = dataclasses.replace(EXPERIMENT, presets={"tiny": dataclasses.replace(recipe, balanced_batches=True)})
+    for changes in ({"balanced_batches": False}, {"dataset": "it's", "method": "trust", "fraction": 0.5}):
+        asked = dataclasses.replace(recipe, **changes)
+        *_, command, options = experiment.command(asked).split(maxsplit=4)
+        assert command == "train"
+        assert cli._one_run(experiment, shlex.split(options))[0] == asked
+
+
+def test_two_runs_of_one_name_are_refused(space, tmp_path, capsys):
+    (tmp_path / "space.json").write_text(json.dumps(space | {"candidates": [{"rate": 0.01}, {"rate": 1.0}]}))
+    assert cli.main(EXPERIMENT, ["search", str(tmp_path), "--work", str(tmp_path / "work")]) == 1
+    assert "would be of 3 runs" in capsys.readouterr().err
+    assert not list(tmp_path.glob("tiny/**/*.json"))
 
 
 @pytest.fixture
@@ -484,12 +508,36 @@ def test_the_log_warns_of_weights_that_tip(tmp_path, capsys):
     assert ["--max-weight 3" in line for line in lines] == [True, True]  # of the second stage
 
 
-def test_states_are_restored_by_name(tmp_path):
+@pytest.mark.parametrize("at", ["append_line", "save"])
+def test_a_kill_on_either_side_of_the_last_line_leaves_no_gap(tmp_path, monkeypatch, at):
+    run, whole, cut = run_of(FIRST), settings(tmp_path / "whole"), settings(tmp_path / "cut")
+    train([run], whole)
+    act, calls = getattr(checkpoint, at), itertools.count(1)
+
+    def die(*arguments):
+        if next(calls) == run.epochs:
+            raise KeyboardInterrupt
+        act(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, at, die)
+        with pytest.raises(KeyboardInterrupt):
+            train([run], cut)
+    train([run], cut)
+    one, other = (trainer.left_by(run, where)[1] for where in (whole, cut))
+    assert [line["epoch"] for line in other] == [1, 2]
+    assert [line["test_accuracy"] for line in other] == [line["test_accuracy"] for line in one]
+
+
+def test_states_are_restored_by_name_wherever_they_were(tmp_path):
     with checkpoint.open_manager(tmp_path) as manager:
-        checkpoint.save(manager, 0, {"a": jnp.zeros(2), "b": jnp.ones(2)})
-        swapped = checkpoint.restore(manager, {"b": jnp.empty(2), "a": jnp.empty(2)})
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spread = jax.device_put(jnp.zeros(8), NamedSharding(mesh, PartitionSpec("data")))
+        checkpoint.save(manager, 0, {"a": spread, "b": jnp.ones(2)})
+        swapped = checkpoint.restore(manager, {"b": jnp.empty(2), "a": jnp.empty(8)})
         np.testing.assert_array_equal(swapped["a"], 0)
-        with pytest.raises(Exception, match="c"):
+        assert isinstance(swapped["a"], np.ndarray)  # so that another number of devices does
+        with pytest.raises(ValueError, match=r".+"):
             checkpoint.restore(manager, {"a": jnp.empty(2), "c": jnp.empty(2)})
 
 

@@ -11,7 +11,8 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from examples.lab.classifiers import CLASSIFIERS, Linear, balanced_batch, crt, lws, ncm, tau_normalised
+from examples.lab.classifiers import CLASSIFIERS, Linear, crt, lws, ncm, tau_normalised
+from examples.lab.input_pipeline import class_balanced
 
 COUNTS = (200, 60, 20)
 
@@ -67,11 +68,17 @@ def test_tau_norm_evens_out_the_lengths(linear, tau):
 def test_batches_are_balanced():
     labels = clusters(COUNTS)[1]
     size = 60_000
-    drawn = np.asarray(balanced_batch(jnp.asarray(labels), 3, size)(jax.random.key(0)))
+    drawn = np.asarray(class_balanced(jax.random.key(0), labels, steps=2, batch_size=size // 2, classes=3)).ravel()
     times = np.bincount(drawn, minlength=len(labels))
     expected = size / 3 / np.asarray(COUNTS)[labels]  # each class alike, and each example within its class
     assert np.all(np.abs(times - expected) < 5 * np.sqrt(expected))
     np.testing.assert_allclose(np.bincount(labels[drawn]), size / 3, rtol=0.03)
+
+
+def test_a_class_that_does_not_occur_is_not_drawn():
+    labels = np.array([0, 2, 2, 2, 0])
+    drawn = np.asarray(class_balanced(jax.random.key(0), labels, steps=1, batch_size=6000, classes=4))[0]
+    np.testing.assert_allclose(np.bincount(drawn) / 6000, [1 / 4, 1 / 6, 1 / 6, 1 / 6, 1 / 4], atol=0.03)
 
 
 def test_crt_agrees_with_logistic_regression():

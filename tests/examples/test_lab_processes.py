@@ -15,15 +15,16 @@ from tests.examples.toy_experiment import EXPERIMENT
 ROOT = Path(__file__).parents[2]
 
 
-# Batches that the hosts make, whose shape depends on the whole batch; and data that are on the devices.
-DATASETS = ("sorted", "clouds")
+# Without data for the first process; batches that the hosts make, whose shape depends on the whole batch; and data that
+# are on the devices.
+DATASETS = ("missing", "sorted", "clouds")
 OPTIONS = ["--epochs", "8", "--method", "absgd", "--temperature", "1", "--begin", "0.5"]
 
 
 def commands(folder, *options):
     places = {"--data-dir": folder, "--work": folder / "work", "--out": folder / "out"}
     common = [*OPTIONS, *options, *(str(word) for pair in places.items() for word in pair)]
-    return [["train", "--dataset", dataset, *common] for dataset in DATASETS]
+    return {dataset: ["train", "--dataset", dataset, *common] for dataset in DATASETS}
 
 
 def start(rank, port, folder):
@@ -39,8 +40,8 @@ def start(rank, port, folder):
     program = f"""
 from tests.examples.toy_experiment import EXPERIMENT, cli
 
-for command in {commands(folder, "--distributed")}:
-    assert cli.main(EXPERIMENT, command) == 0
+for dataset, command in {commands(folder, "--distributed")}.items():
+    assert cli.main(EXPERIMENT, command) == (dataset == "missing")
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=ROOT, **pipes)
@@ -70,12 +71,14 @@ def test_two_processes_that_were_killed_train_as_one(tmp_path, free_port):
         for process in both:
             process.kill()
     assert "epoch" not in outputs[1]  # the first process speaks for all
-    for command in commands(tmp_path / "one", "--devices", "8"):
-        assert cli.main(EXPERIMENT, command) == 0
+    assert "is empty" in outputs[0]
+    assert "Another process has stopped" in outputs[1]  # and does not wait for the first
+    for dataset, command in commands(tmp_path / "one", "--devices", "8").items():
+        assert cli.main(EXPERIMENT, command) == (dataset == "missing")
     one, other = (
         [records.read(path) for path in sorted((tmp_path / name).glob("out/**/*.json"))] for name in ("one", "two")
     )
-    assert {record["dataset"] for record in one} == set(DATASETS)
+    assert {record["dataset"] for record in one} == {"sorted", "clouds"}
     for expected, actual in zip(one, other, strict=True):
         assert len(expected["by_epoch"]["loss"]) == 8
         for name in ("loss", "sample_size", "largest_weight", "test_accuracy"):

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from examples.lab import cli
+from examples.lab import cli, processes
 from examples.lab.config import Run
+from examples.lab.errors import UserError
 from examples.lab.experiment import Experiment
 from examples.lab.recipe import Recipe
 from examples.lab.schedule import two_stages
@@ -72,8 +73,18 @@ class Sorted(Streamed):
         return inputs.sum(axis=1)
 
 
+class Missing(Clouds):
+    """Where the first process finds no data."""
+
+    def load(self, data_dir):
+        if processes.is_first():
+            raise UserError(f"{data_dir} is empty.")
+        return super().load(data_dir)
+
+
 def make_run(recipe):
-    kind = {"clouds": Clouds, "streamed": Streamed, "sorted": Sorted}[recipe.dataset]
+    kinds = {"clouds": Clouds, "streamed": Streamed, "sorted": Sorted, "missing": Missing}
+    kind = kinds.get(recipe.dataset, Clouds)
     half, rate = recipe.epochs // 2, recipe.rate
     stages = two_stages(recipe, [(half, (rate, rate)), (half, (rate, 0.0))])
     return Run(task=kind(validation=recipe.validation), seed=recipe.seed, stages=stages)

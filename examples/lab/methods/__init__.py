@@ -7,8 +7,8 @@ A method is a frozen dataclass registered as a pytree (numbers are leaves) with 
 
 ``size`` is the number of training examples and of classes. ``losses(params, batch)`` returns the losses of a
 :class:`Batch`, one an example and not yet weighted by class, and :class:`Outputs`. ``held_out`` is a balanced batch of
-examples that are not trained on; it is None unless ``needs_held_out``. A method that looks ahead also has
-``at_rate(rate)``, itself at the optimizer's learning rate.
+examples that are not trained on, where there are enough; it is None unless ``needs_held_out``. A method that looks
+ahead also has ``at_rate(rate)``, itself at the optimizer's learning rate.
 """
 
 import math

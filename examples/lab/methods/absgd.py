@@ -18,7 +18,7 @@ class Absgd:
     """One of ``temperature``, ``kl_radius``, ``trust`` and ``focus`` says how uneven the weights are."""
 
     temperature: float = math.inf  # λ, in units of loss
-    kl_radius: float | None = None  # ρ in nats; λ starts at 10 times the mean loss, with the sign of ``temperature``
+    kl_radius: float | None = None  # ρ in nats; λ > 0 starts at 10 times the mean loss
     trust: float | None = None  # the fraction to trust
     focus: float | None = None  # the fraction to focus on
     gamma: float = 0.9
