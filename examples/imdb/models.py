@@ -22,8 +22,9 @@ class ReviewClassifier(nnx.Module):
     def __init__(self, words: int, embedding: int, hidden: int, rngs: nnx.Rngs):
         # Of variance 1, as PyTorch begins; with Flax's 1 / embedding SGD stays at the frequencies of the classes.
         self.embedding = nnx.Embed(words, embedding, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
-        self.forward = nnx.RNN(nnx.OptimizedLSTMCell(embedding, hidden, rngs=rngs))
-        self.backward = nnx.RNN(nnx.OptimizedLSTMCell(embedding, hidden, rngs=rngs), reverse=True, keep_order=True)
+        cells = [nnx.OptimizedLSTMCell(embedding, hidden, rngs=rngs) for _ in range(2)]
+        self.forward = nnx.RNN(cells[0], rngs=False)
+        self.backward = nnx.RNN(cells[1], reverse=True, keep_order=True, rngs=False)
         self.classifier = nnx.Linear(2 * hidden, 2, rngs=rngs)
 
     def features(self, tokens: jax.Array, *, train: bool) -> jax.Array:
@@ -31,7 +32,8 @@ class ReviewClassifier(nnx.Module):
         del train
         there = tokens != PADDING
         x = self.embedding(tokens)
-        states: Any = [rnn(x, seq_lengths=jnp.sum(there, axis=1)) for rnn in (self.forward, self.backward)]
+        options: Any = {"seq_lengths": jnp.sum(there, axis=1), "rngs": nnx.Rngs(0)}  # of the first state, which is 0
+        states: Any = [rnn(x, **options) for rnn in (self.forward, self.backward)]
         return jnp.max(jnp.concatenate(states, axis=-1), axis=1, initial=-jnp.inf, where=there[..., None])
 
     def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
