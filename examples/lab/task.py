@@ -43,7 +43,8 @@ class Task(abc.ABC):
     def network(self, loss: str, rngs: nnx.Rngs) -> nnx.Module:
         """A module that maps prepared inputs to logits as ``module(inputs, train=...)``.
 
-        It keeps no keys of :mod:`jax.random`. For second-stage classifiers it has ``features`` and a linear layer ``classifier``.
+        It keeps no keys of :mod:`jax.random`. For second-stage classifiers it has ``features`` and a linear layer
+        ``classifier``.
         """
 
     def calibrate(self, params: nnx.State, rest: nnx.State, data: Data) -> tuple[nnx.State, nnx.State]:
