@@ -131,13 +131,16 @@ def _fit(apply, params, inputs, labels, classes, key, steps) -> Any:
         logits = apply(params, inputs[batch])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]))
 
-    def body(carry, key):
+    def draw(key):
+        return class_balanced(key, labels, steps=1, batch_size=BATCH, classes=classes)[0]
+
+    def body(carry, batch):
         params, opt_state = carry
-        batch = class_balanced(key, labels, steps=1, batch_size=BATCH, classes=classes)[0]
         updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), jax.random.split(key, steps))
+    batches = jax.vmap(draw)(jax.random.split(key, steps))  # before the loop, because the labels are sorted for it
+    (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), batches)
     return params
 
 

@@ -153,7 +153,8 @@ def _train(
     paths = {recipe: experiment.path(recipe, results) for recipe in recipes}
     for path, times in Counter(paths.values()).items():
         if times > 1:
-            raise UserError(f"{path} would be of {times} runs: what they differ in is no part of the name.")
+            differ = f"{path} would be of {times} runs that differ in what is no part of its name"
+            raise UserError(f"{differ}. Ask for them one by one, each with another folder of results.")
     for dataset in dict.fromkeys((recipe.preset, recipe.dataset, recipe.validation) for recipe in recipes):
         part = {recipe: experiment.make_run(recipe) for recipe in recipes if _where(recipe) == dataset}
         todo = {recipe: run for recipe, run in part.items() if not records.is_done(paths[recipe], recipe, run)}

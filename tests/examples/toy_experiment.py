@@ -83,8 +83,7 @@ class Missing(Clouds):
 
 
 def make_run(recipe):
-    kinds = {"clouds": Clouds, "streamed": Streamed, "sorted": Sorted, "missing": Missing}
-    kind = kinds.get(recipe.dataset, Clouds)
+    kind = {"clouds": Clouds, "streamed": Streamed, "sorted": Sorted, "missing": Missing}[recipe.dataset]
     half, rate = recipe.epochs // 2, recipe.rate
     stages = two_stages(recipe, [(half, (rate, rate)), (half, (rate, 0.0))])
     return Run(task=kind(validation=recipe.validation), seed=recipe.seed, stages=stages)
