@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import inspect
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -40,11 +42,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Trains all rows of some tables; what is done is not done twice.
-
-    Of rows that differ in a strength alone, each is trained once on a part of the training set; the one that is best on
-    the rest is trained on all of it with every seed.
-    """
+    """Which rows, and how often."""
 
     preset: str
     """The network, the schedule and the size of the data."""
@@ -60,19 +58,9 @@ class Sweep:
     """Number of seeds."""
 
 
-def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code."""
-    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    commands = {"train": train, "sweep": sweep, "search": run_search, "profile": run_profile, "report": write_report}
-    if command not in commands:
-        print(f"usage: python -m examples.{experiment.name} {{{','.join(commands)}}} [--help]", file=sys.stderr)
-        return 0 if command in ("-h", "--help") else 2
-    return exit_code(lambda: commands[command](experiment, rest))
-
-
 def train(experiment: Experiment, arguments: Sequence[str]) -> None:
-    """One run, from the command line to its record."""
-    recipe, machine = _one_run(experiment, arguments)
+    """Trains one model; the same command continues a run that was stopped."""
+    recipe, machine = _one_run(experiment, "train", arguments)
     deadline = time.monotonic() + 60 * machine.max_minutes
     (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results", deadline)
     _check_finite([path])
@@ -80,26 +68,42 @@ def train(experiment: Experiment, arguments: Sequence[str]) -> None:
 
 
 def run_profile(experiment: Experiment, arguments: Sequence[str]) -> None:
-    """Where the time of a step of a run would go."""
-    recipe, machine = _one_run(experiment, arguments)
+    """Measures where the time of a training step goes: batch, losses, gradient, update."""
+    recipe, machine = _one_run(experiment, "profile", arguments)
     settings = trainer.Settings(machine.data_dir, machine.work, 1)
     Console().print(profile.profile(experiment.make_run(recipe), settings), soft_wrap=True)
 
 
-def _one_run(experiment: Experiment, arguments: Sequence[str]) -> tuple[Recipe, Machine]:
+def _one_run(experiment: Experiment, command: str, arguments: Sequence[str]) -> tuple[Recipe, Machine]:
     """What the options of one run say; the defaults are those of its preset."""
     presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    presets.add_argument("--preset", choices=list(experiment.presets), default=next(iter(experiment.presets)))
-    default = experiment.presets[presets.parse_known_args(arguments)[0].preset]
+    presets.add_argument("--preset", default=next(iter(experiment.presets)))
+    preset = presets.parse_known_args(arguments)[0].preset
+    if preset not in experiment.presets:
+        raise UsageError(f"--preset {preset}: choose from {', '.join(experiment.presets)}.")
+    return _ask(experiment, command, arguments, experiment.presets[preset], Machine())
+
+
+def _ask(experiment: Experiment, command: str, arguments: Sequence[str], *defaults: Any) -> tuple:
+    """The options of a command; those not given are the defaults."""
+    names = [command, "machine"]
+    options = tuple(Annotated[type(d), tyro.conf.arg(name=name)] for d, name in zip(defaults, names, strict=False))
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[tuple[type(default), Machine]], default=(default, Machine()), args=list(arguments)
+        tyro.conf.OmitArgPrefixes[tuple[options]],
+        default=defaults,
+        args=list(arguments),
+        prog=f"python -m examples.{experiment.name} {command}",
+        description=inspect.getdoc(COMMANDS[command]),
     )
 
 
 def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:
-    """Some tables, run by run."""
-    default = (Sweep(next(iter(experiment.presets))), Machine())
-    chosen, machine = tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Sweep, Machine]], default=default, args=list(arguments))
+    """Trains all rows of some tables; what is done is not done twice.
+
+    Of rows that differ in a strength alone, each is trained once on a part of the training set; the one that is best on
+    the rest is trained on all of it with every seed.
+    """
+    chosen, machine = _ask(experiment, "sweep", arguments, Sweep(next(iter(experiment.presets))), Machine())
     if chosen.seeds < 1:
         raise UsageError(f"--seeds {chosen.seeds}: at least 1 is needed.")
     rows = [r for d in chosen.datasets or (None,) for r in experiment.recipes(chosen.preset, d, chosen.tables)]
@@ -125,15 +129,15 @@ def sweep(experiment: Experiment, arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Trains what the space.json of a folder registers, chooses by validation and confirms with fresh seeds."""
+    """What is searched."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Path] = tyro.MISSING
     """The folder of space.json and of the results."""
 
 
 def run_search(experiment: Experiment, arguments: Sequence[str]) -> None:
-    """A registered search."""
-    chosen, machine = tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Search, Machine]], args=list(arguments))
+    """Trains what the space.json of a folder registers, chooses by validation and confirms with fresh seeds."""
+    chosen, machine = _ask(experiment, "search", arguments, Search(), Machine())
     if machine.out is not None:
         raise UsageError(f"--out {machine.out}: the results of a search are in its folder, {chosen.folder}.")
     deadline = time.monotonic() + 60 * machine.max_minutes
@@ -202,13 +206,27 @@ def _where(recipe: Recipe) -> tuple:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Draws tables and figures of results."""
+    """Which results."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders of results, each of a preset. By default all of the experiment, which also fills its README."""
 
 
 def write_report(experiment: Experiment, arguments: Sequence[str]) -> None:
-    """Tables and figures of the results in some folders."""
-    folders = tyro.cli(Report, args=list(arguments)).folders
-    report.report(experiment, folders or sorted((experiment.folder / "results").glob("*")))
+    """Draws tables and figures of results."""
+    (chosen,) = _ask(experiment, "report", arguments, Report())
+    report.report(experiment, chosen.folders or sorted((experiment.folder / "results").glob("*")))
+
+
+COMMANDS = {"train": train, "sweep": sweep, "search": run_search, "profile": run_profile, "report": write_report}
+
+
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command not in COMMANDS:
+        usage = [f"usage: python -m examples.{experiment.name} COMMAND [--help]", ""]
+        usage += [f"  {name:8} {str(f.__doc__).splitlines()[0]}" for name, f in COMMANDS.items()]
+        print("\n".join(usage), file=sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    return exit_code(lambda: COMMANDS[command](experiment, rest))

@@ -44,8 +44,7 @@ class Recipe:
     method: str = "sgd"
     """What weights the examples in the second stage."""
     loss: str = "ce"
-    """The per-example loss. The prefix cb- weights it by class in the second stage; deferred- is cross entropy in the
-    first."""
+    """The loss of an example; cb- weights it by class in the second stage, deferred- is ce in the first."""
     temperature: float = math.inf
     """λ of the second stage, in units of loss. inf is SGD."""
     kl_radius: float | None = None

@@ -414,6 +414,9 @@ def test_a_loss_that_is_not_finite_ends_in_exit_1(tmp_path, capsys, monkeypatch)
 def test_unknown_commands_tables_and_methods(capsys):
     assert cli.main(EXPERIMENT, ["fly"]) == 2
     assert cli.main(EXPERIMENT, []) == 0
+    assert "report   Draws tables" in capsys.readouterr().err
+    assert cli.main(EXPERIMENT, ["train", "--preset", "huge"]) == 2
+    assert "--preset huge: choose from tiny" in capsys.readouterr().err
     assert cli.main(EXPERIMENT, ["sweep", "--tables", "9"]) == 2
     assert cli.main(EXPERIMENT, ["sweep", "--methods", "adam"]) == 2
     assert cli.main(EXPERIMENT, ["sweep", "--seeds", "0"]) == 2
@@ -430,7 +433,7 @@ def test_a_command_gives_its_run_again(tmp_path):
         asked = dataclasses.replace(recipe, **changes)
         *_, command, options = experiment.command(asked).split(maxsplit=4)
         assert command == "train"
-        assert cli._one_run(experiment, shlex.split(options))[0] == asked
+        assert cli._one_run(experiment, "train", shlex.split(options))[0] == asked
 
 
 def test_two_runs_of_one_name_are_refused(space, tmp_path, capsys):
