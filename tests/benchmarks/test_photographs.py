@@ -7,7 +7,10 @@ import pytest
 from benchmarks import photographs
 from benchmarks.harness.records import RESULTS, read
 
+on_linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux alone")
 
+
+@on_linux
 def test_a_core_decodes_photographs(tmp_path):
     allowed = os.sched_getaffinity(0)
     records = photographs.measure(photographs.Options(batch_size=4, batches=2, rounds=2))
@@ -20,6 +23,7 @@ def test_a_core_decodes_photographs(tmp_path):
     assert (tmp_path / "photographs.png").stat().st_size > 5000
 
 
+@on_linux
 def test_cores_are_given_back_after_an_error():
     allowed = os.sched_getaffinity(0)
 
