@@ -3,8 +3,8 @@
 python -m benchmarks.photographs
 
 The laboratory's input pipeline decodes two photographs that come with scikit-learn, packed as training images of
-ImageNet-LT are, on one core and on all (cores are chosen on Linux alone). What accelerators take is not measured: others
-have published it. The time of the collectives is arithmetic, as in the benchmark of scaling.
+ImageNet-LT are, on one core and on all (cores are chosen on Linux alone). What accelerators take is not measured:
+others have published it. The time of the collectives is arithmetic, as in the benchmark of scaling.
 """
 
 import dataclasses
