@@ -135,5 +135,3 @@ if __name__ == "__main__":
     committed = json.loads((here / "results" / "digits.json").read_text())
     figure(committed, here / "results" / "digits.png")
     fill(here / "README.md", markdown(committed))
-    _, noisy = tables(committed)
-    fill(here.parents[1] / "README.md", _lines(noisy))

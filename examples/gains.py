@@ -1,0 +1,97 @@
+"""What ABSGD gains over SGD in all committed experiments of the laboratory: one figure, and the table of the README.
+
+python -m examples.gains
+
+Writes gains.png beside this file, from the records alone. A row is a dataset and a loss. A gain is that of the strength
+which validation chose, seed by seed over SGD with the same loss; a line is a standard deviation.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from examples.lab import report, style
+from examples.readme import fill
+
+FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "trust": ("D", style.RIVALS[1])}
+WIDEST = 4.0  # points; what lies beyond is written at the edge
+SETTING = ["experiment", "dataset", "loss"]
+README = {  # the rows of its table
+    ("cifar10-lt-1-sym0.4", "ce"): "40 % wrong at random",
+    ("cifar10-lt-1-worse", "ce"): "40 % wrong, by human error",
+    ("cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes taken for their neighbours",
+    ("cifar10-lt-100", "ce"): "long tail, 100 : 1, cross entropy",
+    ("cifar10-lt-100", "cb-ce"): "… class-balanced cross entropy",
+    ("cifar10-lt-100", "deferred-balanced-softmax"): "… balanced softmax",
+}
+
+
+def collect(examples: Path) -> Any:
+    """A row for each dataset, loss and form of ABSGD that was run: the gains, and what SGD has."""
+    rows = []
+    for folder in sorted(path for path in examples.glob("*/results/*") if any(path.glob("*/*.json"))):
+        for _, frame in report.load(folder).groupby("dataset"):
+            runs, choice = report.tested(frame), report.chosen(frame)
+            for (method, loss), family in runs.dropna(subset=["gain"]).groupby(["method", "loss"]):
+                shown = family[family.strength == choice.get((method, loss))]
+                if method in FORMS and len(shown):
+                    base = runs[(runs.method == "sgd") & (runs.loss == loss)].accuracy
+                    setting = {name: shown[name].iloc[0] for name in SETTING}
+                    rows.append(setting | {"method": method, "gains": shown.gain.to_numpy(), "sgd": base})
+    return pd.DataFrame(rows)
+
+
+def table(gains: Any) -> str:
+    """The table of the README, in Markdown."""
+    rows = []
+    for (dataset, loss), words in README.items():
+        here = gains[(gains.dataset == dataset) & (gains.loss == loss)].set_index("method")
+        found = {method: report.spread(pd.Series(row.gains), "+.2f") for method, row in here.iterrows()}
+        cells = {style.name(method): found.get(method, "–") for method in FORMS}
+        seeds = max(len(row.gains) for _, row in here.iterrows())
+        rows.append({"CIFAR-10": words, "SGD, %": report.spread(here.sgd.iloc[0]), **cells, "seeds": seeds})
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def figure(gains: Any):
+    """Gains of all settings, a row each."""
+    settings = list(gains.groupby(SETTING, sort=False))
+    fig, axis = plt.subplots(figsize=(7.5, 0.9 + 0.24 * len(settings)), layout="constrained")
+    for place, (_, rows) in enumerate(settings):
+        axis.axhspan(place - 0.5, place + 0.5, color=style.SGD, alpha=0.08 * (place % 2), lw=0)
+        for shift, (_, row) in enumerate(rows.iterrows(), 1):
+            draw(axis, place - 0.5 + shift / (len(rows) + 1), row)
+    axis.axvline(0, color="black", lw=0.8)
+    labels = [f"{dataset}, {loss}" for (_, dataset, loss), _ in settings]
+    axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_xlim(-WIDEST, WIDEST)
+    axis.set_xlabel("points over SGD with the same loss")
+    for method, (marker, colour) in FORMS.items():
+        axis.plot([], [], marker, color=colour, ms=5, label=style.name(method))
+    fig.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=len(FORMS))
+    return fig
+
+
+def draw(axis: Any, place: float, row: Any) -> None:
+    """A mean and a standard deviation, or at the edge the number."""
+    marker, colour = FORMS[row.method]
+    mean = row.gains.mean()
+    if abs(mean) > WIDEST:
+        words, side = (f"{mean:+.0f} ▸", "right") if mean > 0 else (f"◂ {mean:+.0f}", "left")
+        axis.text(np.copysign(0.99 * WIDEST, mean), place, words, color=colour, fontsize=7, va="center", ha=side)
+        return
+    spread = row.gains.std(ddof=1) if len(row.gains) > 1 else 0
+    axis.errorbar(mean, place, xerr=spread, fmt=marker, ms=4, lw=1, color=colour)
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    found = collect(here)
+    drawn = figure(found)
+    drawn.savefig(here / "gains.png")
+    plt.close(drawn)
+    fill(here.parent / "README.md", table(found))
