@@ -14,7 +14,7 @@ from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Stem, load_weight
 from examples.lab import files
 from examples.lab.task import Task, module_of
 
-BATCH = 50
+BATCH = 32
 
 
 def lower_layers(
@@ -42,16 +42,19 @@ def lower_layers(
         digest.update(weights[key].tobytes())
     path = data_dir / "cache" / f"resnet{depth}-{digest.hexdigest()[:16]}.npy"
     if not path.is_file():
-        stem = Stem(depth, first_strides=first_strides, rngs=nnx.Rngs(0))
+        stem = nnx.eval_shape(lambda: Stem(depth, first_strides=first_strides, rngs=nnx.Rngs(0)))
         load_weights(weights, stem=stem)
         mean = KERAS_MEAN if first_strides else MEAN
         with files.aside(path) as file:
             for begin in range(0, len(images), BATCH):
-                part = np.asarray(_features(stem, jnp.asarray(images[begin : begin + BATCH]), jnp.array(mean)))
+                places = np.arange(begin, begin + BATCH)
+                part = np.asarray(
+                    _features(stem, jnp.asarray(images[places.clip(max=len(images) - 1)]), jnp.array(mean))
+                )
                 if begin == 0:
                     header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), *part.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
-                file.write(part.tobytes())
+                file.write(part[: len(images) - begin].tobytes())
     return np.load(path, mmap_mode="r")
 
 
@@ -59,7 +62,9 @@ def lower_layers(
 def _features(stem: Stem, images: jax.Array, mean: jax.Array) -> jax.Array:
     colours = images if images.ndim == 4 else images[..., None]
     x = (colours.astype(jnp.float32) / 255 - mean) / jnp.array(STD)
-    return jnp.stack([stem(x, train=False), stem(x[:, :, ::-1], train=False)], axis=1)
+    both = jnp.stack([x, x[:, :, ::-1]], axis=1)
+    features = stem(both.reshape(-1, *x.shape[1:]), train=False)
+    return features.reshape(*both.shape[:2], *features.shape[1:])
 
 
 def pretrained(task: Task, params: nnx.State, rest: nnx.State, weights: Mapping[str, np.ndarray]) -> tuple:

@@ -144,17 +144,15 @@ def load_weights(weights: Mapping[str, np.ndarray], *, stem: Stem | None = None,
     for name, (owner, attribute) in _places(stem, head).items():
         variable = getattr(owner, attribute)
         given = weights.get(name)
-        if name.startswith("fc.") and (given is None or given.size != variable[...].size):
+        if name.startswith("fc.") and (given is None or given.size != variable.size):
             continue
         if given is None:
             raise UserError(f"The weights have no {name}: they are not those of this ResNet.")
         array = np.asarray(given, np.float32)
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-        if array.shape != variable[...].shape:
-            raise UserError(
-                f"{name} has the shape {given.shape}, the network needs {variable[...].shape} in JAX's order."
-            )
-        variable[...] = jnp.asarray(array)
+        if array.shape != variable.shape:
+            raise UserError(f"{name} has the shape {given.shape}, the network needs {variable.shape} in JAX's order.")
+        variable.set_value(jnp.asarray(array))
 
 
 def _places(stem: Stem | None, head: Head | None) -> dict[str, tuple[Any, str]]:
