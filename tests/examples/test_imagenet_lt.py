@@ -17,7 +17,7 @@ from examples.imagenet_lt.resnet import KERAS_MEAN, STD, Head, ResNet, load_weig
 from examples.imagenet_lt.task import Photographs, changed
 from examples.lab import cli, records
 from examples.lab.errors import UserError
-from tests.examples.test_imagenet_resnet import random_weights
+from tests.examples.test_imagenet_resnet import logits, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def test_lower_layers_and_head_are_the_whole_network(weights, tmp_path):
     head.classifier.kernel[...] = whole.classifier.kernel[...]  # of another size than the pretrained
     x = (images[..., None] / 255 - np.array(KERAS_MEAN)) / np.array(STD)
     for side, each in enumerate((x, x[:, :, ::-1])):
-        expected = whole(jnp.asarray(each, jnp.float32), train=False)
-        np.testing.assert_allclose(head(features[:, side], train=False), expected, rtol=1e-3, atol=1e-3)
+        expected = logits(whole, jnp.asarray(each, jnp.float32))
+        np.testing.assert_allclose(logits(head, features[:, side]), expected, rtol=1e-3, atol=1e-3)
     (path,) = (tmp_path / "cache").iterdir()
     before = path.stat().st_mtime_ns
     np.testing.assert_array_equal(lower_layers(images, weights, tmp_path, depth=10, first_strides=True), features)

@@ -102,14 +102,25 @@ def test_sizes_are_torchvision_s(depth, blocks, parameters):
         ResNet(20, 10, rngs=nnx.Rngs(0))
 
 
+def loaded(weights, depth, classes, *, first_strides):
+    """A network with these weights and no others."""
+    module = nnx.eval_shape(lambda: ResNet(depth, classes, first_strides=first_strides, rngs=nnx.Rngs(0)))
+    load_weights(weights, stem=module.stem, head=module)
+    return module
+
+
+@nnx.jit
+def logits(module, x):
+    return module(x, train=False)
+
+
 @pytest.mark.parametrize("first_strides", [False, True])
 def test_logits_are_those_of_a_forward_pass_by_hand(first_strides):
     weights = random_weights(10, 7)
-    module = ResNet(10, 7, first_strides=first_strides, rngs=nnx.Rngs(0))
-    load_weights(weights, stem=module.stem, head=module)
+    module = loaded(weights, 10, 7, first_strides=first_strides)
     x = np.random.default_rng(1).normal(size=(2, 3, 64, 64))
     expected = forward(weights, x, 10, first_strides=first_strides)
-    found = module(x.transpose(0, 2, 3, 1).astype(np.float32), train=False)
+    found = logits(module, x.transpose(0, 2, 3, 1).astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
@@ -226,13 +237,12 @@ def test_keras_weights_give_keras_logits(tmp_path, monkeypatch):
     weights = random_weights(50, 5)
     arrays, biases = keras_arrays(weights, np.random.default_rng(2))
     np.savez(tmp_path / "weights.npz", **arrays)
-    module = ResNet(50, 5, first_strides=True, rngs=nnx.Rngs(0))
-    load_weights(read_keras(tmp_path / "weights.npz"), stem=module.stem, head=module)
+    module = loaded(read_keras(tmp_path / "weights.npz"), 50, 5, first_strides=True)
     image = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3)).astype(np.float64)
     bgr = image[..., ::-1] - [103.939, 116.779, 123.68]
     expected = forward(weights, bgr.transpose(0, 3, 1, 2), 50, first_strides=True, eps=1e-3, biases=biases)
     normalised = (image / 255 - resnet.KERAS_MEAN) / resnet.STD
-    found = module(normalised.astype(np.float32), train=False)
+    found = logits(module, normalised.astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     with pytest.raises(UserError, match=r"other\.npz does not hold"):
