@@ -13,11 +13,11 @@ from examples.imagenet_lt import data as photos, task as photo_task
 from examples.imagenet_lt.data import Packed, pack, packed, read_list
 from examples.imagenet_lt.experiment import EXPERIMENT, make_run
 from examples.imagenet_lt.features import lower_layers
-from examples.imagenet_lt.resnet import KERAS_MEAN, STD, Head, ResNet, load_weights
+from examples.imagenet_lt.resnet import KERAS_MEAN, STD, Head, load_weights
 from examples.imagenet_lt.task import Photographs, changed
 from examples.lab import cli, records
 from examples.lab.errors import UserError
-from tests.examples.test_imagenet_resnet import logits, random_weights
+from tests.examples.test_imagenet_resnet import loaded, logits, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,9 @@ def test_lower_layers_and_head_are_the_whole_network(weights, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32)).astype(np.uint8)
     features = lower_layers(images, weights, tmp_path, depth=10, first_strides=True)
     assert features.shape == (8, 2, 2, 2, 1024)
-    whole = ResNet(10, 4, first_strides=True, rngs=nnx.Rngs(0))
-    load_weights(weights, stem=whole.stem, head=whole)
-    head = Head(10, 4, first_strides=True, rngs=nnx.Rngs(1))
+    whole = loaded(weights, 10, 1000, first_strides=True)
+    head = nnx.eval_shape(lambda: Head(10, 1000, first_strides=True, rngs=nnx.Rngs(0)))
     load_weights(weights, head=head)
-    head.classifier.kernel[...] = whole.classifier.kernel[...]  # of another size than the pretrained
     x = (images[..., None] / 255 - np.array(KERAS_MEAN)) / np.array(STD)
     for side, each in enumerate((x, x[:, :, ::-1])):
         expected = logits(whole, jnp.asarray(each, jnp.float32))
