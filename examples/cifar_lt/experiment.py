@@ -179,9 +179,9 @@ def misjudged(right: float) -> list[dict[str, Any]]:
 RIGHT = {"aggre": 0.91, "random1": 0.83, "random2": 0.82, "random3": 0.82, "worse": 0.6, "noisy": 0.6}
 
 
-def tables(dataset: str) -> dict[str, list[dict[str, Any]]]:
+def tables(base: CifarRecipe) -> dict[str, list[dict[str, Any]]]:
     """The tables of a dataset."""
-    name, _, ratio, kind, rate, people = Cifar(dataset=dataset, network_name="shallow", shift=2).parsed
+    name, _, ratio, kind, rate, people = Cifar(dataset=base.dataset, network_name="shallow", shift=2).parsed
     if kind is None and people is None:
         return LONG_TAIL if ratio > 1 else {"balanced": BALANCED}
     # Asymmetric noise replaces labels of half of CIFAR-10's classes.

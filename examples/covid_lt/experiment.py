@@ -70,7 +70,7 @@ PRESETS = {
 EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     presets=PRESETS,
-    tables=lambda dataset: TABLES,
+    tables=lambda base: TABLES,
     make_run=make_run,
     evaluate_every={"paper": 10, "xray": 10},
 )

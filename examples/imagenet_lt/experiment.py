@@ -76,10 +76,7 @@ BOUNDED = absgd((0.5, 1.0, 2.0), max_weight=3.0)
 LOSSES = ("ce", "cb-ce", "deferred-balanced-softmax")
 TABLES = {
     # One stage after the other over the whole network.
-    "3": [
-        *({"loss": loss, **changes} for loss in ("ce", "cb-ce") for changes in ({}, *ABSGD)),
-        {"method": "meta", "loss": "cb-ce"},
-    ],
+    "3": [{"loss": loss, **changes} for loss in ("ce", "cb-ce") for changes in ({}, *ABSGD)],
     # The lower layers stay; the classifier, or the last stage with it.
     "8": [
         *({"loss": loss, "trained": part} for loss in LOSSES for part in ("classifier", "last-block")),
@@ -91,11 +88,11 @@ TABLES = {
 }
 
 
-def tables(dataset: str) -> dict[str, list[dict[str, Any]]]:
-    """The tables of a dataset. META needs held-out images of each class, which the official lists do not have."""
-    if dataset.startswith("scenes"):
-        return {"8": TABLES["8"]}
-    return {name: [row for row in rows if row.get("method") != "meta"] for name, rows in TABLES.items()}
+def tables(base: PhotoRecipe) -> dict[str, list[dict[str, Any]]]:
+    """The table of a preset. META needs held-out images of each class, which the official lists do not have."""
+    name = "8" if base.frozen else "3"
+    held_out = base.dataset.startswith("scenes")
+    return {name: [row for row in TABLES[name] if held_out or row.get("method") != "meta"]}
 
 
 SCENES = PhotoRecipe(preset="scenes")

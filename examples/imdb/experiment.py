@@ -68,7 +68,7 @@ PRESETS = {
 EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     presets=PRESETS,
-    tables=lambda dataset: {
+    tables=lambda base: {
         "5": [{"loss": loss, **changes} for loss in LOSSES for changes in ({}, *absgd((1.0, 5.0, 10.0)))],
         # The bounded form.
         "bounded": [{"loss": loss, **changes} for loss in LOSSES[::2] for changes in absgd((0.2, 0.5), max_weight=3.0)],

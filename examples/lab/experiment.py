@@ -21,9 +21,7 @@ class Experiment:
 
     folder: Path  # with paper.json, README.md and results/
     presets: Mapping[str, Recipe]  # the defaults of each
-    tables: Callable[
-        [str], Mapping[str, list[dict[str, Any]]]
-    ]  # of a dataset; a table is a list of changes to a preset
+    tables: Callable[[Any], Mapping[str, list[dict[str, Any]]]]  # of a preset's recipe: lists of changes to it
     make_run: Callable[[Any], Run]  # of a recipe of its own type
     evaluate_every: Mapping[str, int]  # epochs, for each preset
 
@@ -47,7 +45,7 @@ class Experiment:
     def recipes(self, preset: str, dataset: str | None = None, tables: Collection[str] = ()) -> list[Recipe]:
         """The rows of some tables of a dataset, each once; by default of all its tables, and the preset's dataset."""
         base = self.base(preset, dataset)
-        known = self.tables(base.dataset)
+        known = self.tables(base)
         for table in tables:
             if table not in known:
                 raise UsageError(f"--tables {table}: {base.dataset} has {', '.join(known)}.")

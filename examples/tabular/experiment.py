@@ -52,7 +52,7 @@ EXPERIMENT = Experiment(
         # What scikit-learn ships: a few hundred rows.
         "small": dataclasses.replace(ADULT, preset="small", dataset="digits", epochs=50, batch_size=32),
     },
-    tables=lambda dataset: {"1": ROWS},
+    tables=lambda base: {"1": ROWS},
     make_run=make_run,
     evaluate_every={"adult": 10, "small": 50},
 )

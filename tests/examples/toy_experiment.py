@@ -93,7 +93,7 @@ STRONG = [{"method": "absgd", "temperature": t} for t in (1.0, 5.0)]
 EXPERIMENT = Experiment(
     folder=Path(__file__).parent / "toy",
     presets={"tiny": Recipe(preset="tiny", dataset="clouds", epochs=4, begin=0.5, batch_size=40)},
-    tables=lambda dataset: {"1": [{}, *STRONG, {"loss": "cb-ce"}, {"classifier": "ncm"}]},
+    tables=lambda base: {"1": [{}, *STRONG, {"loss": "cb-ce"}, {"classifier": "ncm"}]},
     make_run=make_run,
     evaluate_every={"tiny": 1},
 )
