@@ -17,8 +17,9 @@ def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
     """Draws what there is something to see of; returns the files."""
     families = zip(tested.method, tested.loss, tested.strength, strict=True)
     picked = tested[np.array([chosen.get((method, loss)) == s for method, loss, s in families], bool)]
-    drawn, found = [], {"gains": gains(picked), "training": training(picked), "classes": classes(picked)}
-    found["wrong_labels"] = wrong_labels(picked)
+    alike = with_the_same_seeds(picked[picked.method.isin(SHOWN)])
+    drawn, found = [], {"gains": gains(picked), "training": training(alike), "classes": classes(alike)}
+    found["wrong_labels"] = wrong_labels(alike)
     found |= {"strengths": strengths(frame), "fractions": fractions(frame)}
     for name, figure in found.items():
         path = folder / f"{name}.png"
@@ -28,6 +29,12 @@ def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
             plt.close(figure)
             drawn.append(path)
     return drawn
+
+
+def with_the_same_seeds(runs: Any) -> Any:
+    """The runs of the seeds that all methods with a loss have, so that means over seeds can be compared."""
+    methods = [runs.groupby(names).method.transform("nunique") for names in (["loss", "seed"], ["loss"])]
+    return runs[methods[0] == methods[1]]
 
 
 def gains(picked: Any):
@@ -58,9 +65,8 @@ def look(method: str, family: Any) -> dict[str, Any]:
     return {"linestyle": style.line(method), "color": style.colour(method), "label": label(method, family)}
 
 
-def training(picked: Any):
+def training(runs: Any):
     """Test accuracy while training, mean over seeds, for each loss; the second stage is marked."""
-    runs = picked[picked.method.isin(SHOWN)]
     runs = runs[np.array([len(each["test_accuracy"]) > 1 for each in runs.by_epoch], bool)]  # also of no runs
     losses = [loss for loss, family in runs.groupby("loss", sort=False) if family.method.nunique() > 1]
     if not losses:
@@ -92,9 +98,9 @@ def second_stage(stages: list[dict[str, Any]]) -> int | None:
     return None
 
 
-def classes(picked: Any):
+def classes(runs: Any):
     """Accuracy of each class, from frequent to rare, with cross entropy."""
-    runs = picked[(picked.loss == "ce") & picked.method.isin(SHOWN)]
+    runs = runs[runs.loss == "ce"]
     if runs.method.nunique() < 2 or len(set(runs.class_counts.iloc[0])) == 1 or len(runs.class_counts.iloc[0]) < 3:
         return None
     counts = np.array(runs.class_counts.iloc[0])
@@ -161,9 +167,9 @@ def fractions(frame: Any):
     return figure
 
 
-def wrong_labels(picked: Any):
+def wrong_labels(runs: Any):
     """How much of all weight wrong labels have in each epoch, mean over seeds; with SGD it is their share."""
-    runs = picked[(picked.loss == "ce") & picked.method.isin(SHOWN)]
+    runs = runs[runs.loss == "ce"]
     runs = runs[np.array([any(share for _, share in each.get("weight_of_wrong", [])) for each in runs.by_epoch], bool)]
     if runs.method.nunique() < 2:
         return None

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -311,6 +312,15 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
     assert table["ABSGD", "ce"][5] == f"{np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}"
     assert table["SGD", "cb-ce"][-1] == "2"
     assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
+
+
+def test_lines_that_are_compared_are_of_the_same_seeds():
+    runs = [("sgd", "ce", 0), ("sgd", "ce", 1), ("sgd", "ce", 2), ("absgd", "ce", 2), ("absgd", "ce", 0)]
+    runs = pd.DataFrame([*runs, ("sgd", "focal", 1)], columns=["method", "loss", "seed"])
+    kept = figures.with_the_same_seeds(runs)
+    assert sorted(zip(kept.method, kept.loss, kept.seed, strict=True)) == [
+        ("absgd", "ce", 0), ("absgd", "ce", 2), ("sgd", "ce", 0), ("sgd", "ce", 2), ("sgd", "focal", 1),
+    ]  # fmt: skip
 
 
 def test_a_readme_shows_all_results_or_stays(swept, tmp_path):
