@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from examples.lab import style
 
@@ -82,6 +83,7 @@ def training(runs: Any):
                 axis.axvline(begin, color="black", lw=0.8, ls=":")
         axis.set_title(loss, loc="left", fontsize=9)
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.legend(fontsize=7)
     axes[0, 0].set_ylabel("test accuracy, %")
     return figure
@@ -179,6 +181,7 @@ def wrong_labels(runs: Any):
         axis.plot(epochs, 100 * share, marker=".", **look(method, family))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.set_ylabel("weight of wrong labels, %")
     axis.legend(fontsize=7)
     return figure
