@@ -55,6 +55,7 @@ def make_run(recipe: ImdbRecipe) -> Run:
 
 
 LOSSES = ("ce", "focal", "cb-ce", "cb-focal")  # the paper's online setting, and its offline one with class weights
+BOUNDED = absgd((0.2, 0.5), max_weight=3.0)
 PAPER = ImdbRecipe(preset="paper")
 PRESETS = {
     # Minutes a run: the rate moves the network to the end.
@@ -71,7 +72,10 @@ EXPERIMENT = Experiment(
     tables=lambda base: {
         "5": [{"loss": loss, **changes} for loss in LOSSES for changes in ({}, *absgd((1.0, 5.0, 10.0)))],
         # The bounded form.
-        "bounded": [{"loss": loss, **changes} for loss in LOSSES[::2] for changes in absgd((0.2, 0.5), max_weight=3.0)],
+        "bounded": [{"loss": loss, **changes} for loss in LOSSES[::2] for changes in BOUNDED],
+        # Does a loss that knows how rare the negative reviews are do the same?
+        "prior": [{"loss": "deferred-logit-adjustment-1.5"}]
+        + [{"loss": "deferred-balanced-softmax", **changes} for changes in ({}, *BOUNDED)],
     },
     make_run=make_run,
     evaluate_every={"fast": 6, "paper": 10, "smoke": 1},
