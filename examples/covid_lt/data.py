@@ -3,8 +3,10 @@
 Classes as in the paper: 0 other findings, 1 no finding, 2 pneumonia, 3 COVID-19.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,10 +20,21 @@ COLLECTION = "https://github.com/ieee8023/covid-chestxray-dataset"
 FRONTAL = ("PA", "AP", "AP Supine", "AP Erect")
 
 
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Images that are read when they are asked for: of the official sources few are used."""
+
+    paths: Sequence[Path]
+    size: int  # pixels
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return np.stack([_grey(self.paths[place], self.size) for place in places])
+
+
 class Xrays(NamedTuple):
     """Grey images, their classes and whose they are."""
 
-    images: np.ndarray  # shape=(N, H, W), dtype=uint8
+    images: Any  # an array or Files: shape=(N, H, W), dtype=uint8
     labels: np.ndarray  # shape=(N,), dtype=int32
     patients: np.ndarray  # shape=(N,), equal for images of one patient
 
@@ -45,8 +58,7 @@ def covid_lt(folder: Path, size: int) -> Xrays:
     the X-rays of patients with COVID-19. The authors' own choice among them is not public.
     """
     table = pd.concat([_chexpert(folder), _collection(folder)], ignore_index=True)
-    images = np.stack([_grey(path, size) for path in table.path])
-    return Xrays(images, table.label.to_numpy(np.int32), table.patient.to_numpy())
+    return Xrays(Files(table.path.tolist(), size), table.label.to_numpy(np.int32), table.patient.to_numpy())
 
 
 def _chexpert(folder: Path) -> pd.DataFrame:

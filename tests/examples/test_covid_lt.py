@@ -60,14 +60,16 @@ def official(tmp_path):
 
 
 def test_the_official_folders(official):
-    found = covid_lt(official, 6)
-    assert found.images.shape == (5, 6, 6)
-    by_grey = {round(float(image.mean()), -1): label for image, label in zip(found.images, found.labels, strict=True)}
+    found, every = covid_lt(official, 6), np.arange(5)
+    images = found.images[every]
+    assert images.shape == (5, 6, 6)
+    by_grey = {round(float(image.mean()), -1): label for image, label in zip(images, found.labels, strict=True)}
     assert by_grey == {10: 1, 20: 2, 30: 0, 40: 0, 50: 3}
     assert len(set(found.patients)) == 5
     shutil.rmtree(official / "covid-chestxray-dataset" / "images")
     with pytest.raises(UserError, match=r"a\.png cannot be read"):
-        covid_lt(official, 6)
+        covid_lt(official, 6).images[every]
+    assert covid_lt(official, 6).images[np.flatnonzero(found.labels != 3)].shape == (4, 6, 6)  # no other is read
     (official / "CheXpert-v1.0-small" / "train.csv").unlink()
     with pytest.raises(UserError, match=r"train\.csv cannot be read.*stanfordmlgroup"):
         covid_lt(official, 6)
