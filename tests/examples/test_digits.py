@@ -12,7 +12,7 @@ import optax
 import pytest
 import tyro
 
-from examples.digits import data, main, models, train
+from examples.digits import data, experiment, main, models, train
 from examples.digits.experiment import SETTINGS, draw, noisy_labels
 
 
@@ -79,8 +79,9 @@ def test_labels_are_as_wrong_for_tuning_as_for_training_and_right_for_the_test()
     np.testing.assert_array_equal(again.y, drawn.y)
 
 
-def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission_says(tmp_path, capsys):
+def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission_says(tmp_path, capsys, monkeypatch):
     """λ > 0 lifts the rare classes; λ < 0, given or found, silences the wrong labels."""
+    monkeypatch.setattr(experiment, "TOGETHER", 4)
     tiny = {"sizes": (64, 10), "rates": (0.1,)}
     settings = [dataclasses.replace(setting, **tiny) for setting in (SETTINGS[0], noisy_labels(0.4))]
     main.main(main.Options(out=tmp_path, seeds=2), settings=settings)
