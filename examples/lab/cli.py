@@ -20,16 +20,22 @@ from examples.lab.experiment import Experiment, rivals, tuned, with_seeds
 from examples.lab.recipe import Recipe
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the data are."""
+
+    data_dir: Path = Path("data")
+    """Folder that holds the data in their official layout, or is to hold them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine(Source):
     """Where and how to train; nothing here changes a result."""
 
     out: Path | None = None
     """Folder of the results. By default results/ of the experiment for a sweep, runs/ for a single run."""
     work: Path = Path("runs")
     """Folder of the checkpoints; it can be deleted when all is done."""
-    data_dir: Path = Path("data")
-    """Folder that holds the data in their official layout, or is to hold them."""
     devices: int = 1
     """Devices over which each batch is spread."""
     distributed: bool = False
@@ -60,7 +66,7 @@ class Sweep:
 
 def train(experiment: Experiment, arguments: Sequence[str]) -> None:
     """Trains one model; the same command continues a run that was stopped."""
-    recipe, machine = _one_run(experiment, "train", arguments)
+    recipe, machine = _one_run(experiment, "train", arguments, Machine())
     deadline = time.monotonic() + 60 * machine.max_minutes
     (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results", deadline)
     _check_finite([path])
@@ -69,25 +75,24 @@ def train(experiment: Experiment, arguments: Sequence[str]) -> None:
 
 def run_profile(experiment: Experiment, arguments: Sequence[str]) -> None:
     """Measures where the time of a training step goes: batch, losses, gradient, update."""
-    recipe, machine = _one_run(experiment, "profile", arguments)
-    settings = trainer.Settings(machine.data_dir, machine.work, 1)
-    Console().print(profile.profile(experiment.make_run(recipe), settings), soft_wrap=True)
+    recipe, source = _one_run(experiment, "profile", arguments, Source())
+    Console().print(profile.profile(experiment.make_run(recipe), source.data_dir), soft_wrap=True)
 
 
-def _one_run(experiment: Experiment, command: str, arguments: Sequence[str]) -> tuple[Recipe, Machine]:
+def _one_run(experiment: Experiment, command: str, arguments: Sequence[str], others: Any) -> tuple:
     """What the options of one run say; the defaults are those of its preset."""
     presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     presets.add_argument("--preset", default=next(iter(experiment.presets)))
     preset = presets.parse_known_args(arguments)[0].preset
     if preset not in experiment.presets:
         raise UsageError(f"--preset {preset}: choose from {', '.join(experiment.presets)}.")
-    return _ask(experiment, command, arguments, experiment.presets[preset], Machine())
+    return _ask(experiment, command, arguments, experiment.presets[preset], others)
 
 
 def _ask(experiment: Experiment, command: str, arguments: Sequence[str], *defaults: Any) -> tuple:
     """The options of a command; those not given are the defaults."""
-    names = [command, "machine"]
-    options = tuple(Annotated[type(d), tyro.conf.arg(name=name)] for d, name in zip(defaults, names, strict=False))
+    names = (command, *(type(default).__name__.lower() for default in defaults[1:]))
+    options = tuple(Annotated[type(d), tyro.conf.arg(name=name)] for d, name in zip(defaults, names, strict=True))
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[tuple[options]],
         default=defaults,

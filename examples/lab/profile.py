@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,17 +20,17 @@ from examples.lab.train_step import Facts, augmented, first_state, losses_of, tr
 ROUNDS, SIZE = 20, 1024
 
 
-def profile(run: Run, settings: trainer.Settings) -> str:
+def profile(run: Run, data_dir: Path) -> str:
     """The parts of a step of the last stage that trains, on the first batch of the data, as a table in Markdown.
 
     Each row contains the one above it. Rows are timed in turns, after compilation; FLOPs are the compiler's. The floor
     is the time that the FLOPs would take at the speed of a product of two matrices, measured in the same run. Where
     batches are made on the host, ahead of the step, a first row says how fast: the slower of it and the step waits.
     """
-    trainer.check(run, settings)
-    task, data = run.task, trainer.load(run.task, settings.data_dir)
+    trainer.check(run, data_dir)
+    task, data = run.task, trainer.load(run.task, data_dir)
     stage = next(stage for stage in reversed(run.stages) if stage.epochs)
-    labels, size = data.train.labels, trainer.size_of(run, settings)
+    labels, size = data.train.labels, trainer.size_of(run, data_dir)
     state = jax.jit(first_state, static_argnums=(0, 2))(task, stage, size, run.seed)
     params, rest = task.calibrate(state.params, state.rest, data)
     state = state._replace(params=params, rest=rest)

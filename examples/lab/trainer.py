@@ -49,10 +49,10 @@ def load(task: Task, data_dir: Path) -> Data:
     return processes.first_then_others(lambda: task.load(data_dir))
 
 
-def check(run: Run, settings: Settings) -> None:
+def check(run: Run, data_dir: Path) -> None:
     """That the data have what the methods of a run need, before anything is trained."""
     for method in (stage.method for stage in run.stages):
-        if method.needs_held_out and load(run.task, settings.data_dir).held_out is None:
+        if method.needs_held_out and load(run.task, data_dir).held_out is None:
             raise UsageError(f"{type(method).__name__} needs held-out examples, and {run.task} has none.")
 
 
@@ -66,7 +66,7 @@ def train(runs: Sequence[Run], settings: Settings, console: Console, finished: C
         for run in filter(is_done, runs):
             finished(run)
         for run in runs:
-            check(run, settings)
+            check(run, settings.data_dir)
         for members in list(plan.groups(runs, is_done, settings.together)):
             _train_stage(members, settings, console)
             for run in members:
@@ -78,14 +78,14 @@ def folder_of(run: Run, settings: Settings) -> Path:
     return settings.work / plan.key(run)
 
 
-def size_of(run: Run, settings: Settings) -> tuple[int, int]:
+def size_of(run: Run, data_dir: Path) -> tuple[int, int]:
     """The number of training examples and of classes."""
-    return len(load(run.task, settings.data_dir).train.labels), run.task.classes
+    return len(load(run.task, data_dir).train.labels), run.task.classes
 
 
 def shape_of(run: Run, settings: Settings) -> State:
     """The state that a run leaves, without its numbers."""
-    return jax.eval_shape(lambda: first_state(run.task, run.stages[-1], size_of(run, settings), 0))
+    return jax.eval_shape(lambda: first_state(run.task, run.stages[-1], size_of(run, settings.data_dir), 0))
 
 
 def left_by(run: Run, settings: Settings) -> tuple[State, list[dict[str, Any]]]:
@@ -162,7 +162,7 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
 
 def _begin(members: Sequence[Run], data: Data, settings: Settings) -> State:
     """The states with which a stage begins: new ones, or what the stage before has left."""
-    begun, size = [], size_of(members[0], settings)
+    begun, size = [], size_of(members[0], settings.data_dir)
     for run in members:
         stage = run.stages[-1]
         if run.parent is None:

@@ -445,7 +445,7 @@ def test_a_command_gives_its_run_again(tmp_path):
         asked = dataclasses.replace(recipe, **changes)
         *_, command, options = experiment.command(asked).split(maxsplit=4)
         assert command == "train"
-        assert cli._one_run(experiment, "train", shlex.split(options))[0] == asked
+        assert cli._one_run(experiment, "train", shlex.split(options), cli.Machine())[0] == asked
 
 
 def test_two_runs_of_one_name_are_refused(space, tmp_path, capsys):

@@ -72,8 +72,8 @@ def test_one_run_end_to_end_and_bad_options(tmp_path, capsys):
     assert "--dataset iris: choose from adult" in capsys.readouterr().err
     for option in ("--epochs", "--rate", "--batch-size"):
         assert cli.main(EXPERIMENT, ["train", option, "0", *options]) == 2
-    for command in ("train", "profile"):
-        assert cli.main(EXPERIMENT, [command, "--preset", "small", "--method", "meta", *options]) == 2
+    for command in (["train", *options], ["profile"]):
+        assert cli.main(EXPERIMENT, [*command, "--preset", "small", "--method", "meta"]) == 2
         assert "Meta needs held-out examples" in capsys.readouterr().err
     assert cli.main(EXPERIMENT, ["train", "--preset", "small", "--validation", "0.001", *options]) == 2
     assert "--validation 0.001 of 1257 rows" in capsys.readouterr().err
