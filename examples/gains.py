@@ -36,11 +36,12 @@ def collect(examples: Path) -> Any:
         for _, frame in report.load(folder).groupby("dataset"):
             runs, choice = report.tested(frame), report.chosen(frame)
             for (method, loss), family in runs.dropna(subset=["gain"]).groupby(["method", "loss"]):
-                shown = family[family.strength == choice.get((method, loss))]
-                if method in FORMS and len(shown):
+                shown, form = family[family.strength == choice.get((method, loss))], method.removesuffix("-one-stage")
+                if form in FORMS and len(shown):
                     base = runs[(runs.method == "sgd") & (runs.loss == loss)].accuracy
                     setting = {name: shown[name].iloc[0] for name in SETTING}
-                    rows.append(setting | {"method": method, "gains": shown.gain.to_numpy(), "sgd": base})
+                    setting["loss"] += ", one stage" if form != method else ""
+                    rows.append(setting | {"method": form, "gains": shown.gain.to_numpy(), "sgd": base})
     return pd.DataFrame(rows)
 
 
