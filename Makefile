@@ -56,5 +56,6 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.%: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(addprefix jax==,$(JAX)) $(addprefix optax==,$(OPTAX))
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$*]' $(addprefix jax==,$(JAX)) $(addprefix optax==,$(OPTAX))
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib # on all cores; pip does it on one
 	@touch $@
