@@ -20,6 +20,7 @@ FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "tr
 WIDEST = 4.0  # points; what lies beyond is written at the edge
 SETTING = ["experiment", "dataset", "loss"]
 README = {  # the rows of its table
+    ("cifar10-lt-1-sym0.2", "ce"): "20 % wrong at random",
     ("cifar10-lt-1-sym0.4", "ce"): "40 % wrong at random",
     ("cifar10-lt-1-worse", "ce"): "40 % wrong, by human error",
     ("cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes taken for their neighbours",
