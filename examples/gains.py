@@ -3,7 +3,7 @@
 python -m examples.gains
 
 Writes gains.png beside this file, from the records alone. A row is a dataset and a loss. A gain is that of the strength
-which validation chose, seed by seed over SGD with the same loss; a line is a standard deviation.
+which validation chose, or of the only one, seed by seed over SGD with the same loss; a line is a standard deviation.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from examples.lab import report, style
+from examples.lab import figures, report, style
 from examples.readme import fill
 
 FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "trust": ("D", style.RIVALS[1])}
@@ -35,14 +35,14 @@ def collect(examples: Path) -> Any:
     rows = []
     for folder in sorted(path for path in examples.glob("*/results/*") if any(path.glob("*/*.json"))):
         for _, frame in report.load(folder).groupby("dataset"):
-            runs, choice = report.tested(frame), report.chosen(frame)
+            runs = figures.at_the_chosen(report.tested(frame), report.chosen(frame))
             for (method, loss), family in runs.dropna(subset=["gain"]).groupby(["method", "loss"]):
-                shown, form = family[family.strength == choice.get((method, loss))], method.removesuffix("-one-stage")
-                if form in FORMS and len(shown):
+                form = method.removesuffix("-one-stage")
+                if form in FORMS:
                     base = runs[(runs.method == "sgd") & (runs.loss == loss)].accuracy
-                    setting = {name: shown[name].iloc[0] for name in SETTING}
+                    setting = {name: family[name].iloc[0] for name in SETTING}
                     setting["loss"] += ", one stage" if form != method else ""
-                    rows.append(setting | {"method": form, "gains": shown.gain.to_numpy(), "sgd": base})
+                    rows.append(setting | {"method": form, "gains": family.gain.to_numpy(), "sgd": base})
     return pd.DataFrame(rows)
 
 

@@ -16,8 +16,7 @@ SHOWN = ("sgd", "absgd", "bounded-absgd", "kl-radius", "trust", "focus")  # in t
 
 def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
     """Draws what there is something to see of; returns the files."""
-    families = zip(tested.method, tested.loss, tested.strength, strict=True)
-    picked = tested[np.array([chosen.get((method, loss)) == s for method, loss, s in families], bool)]
+    picked = at_the_chosen(tested, chosen)
     alike = with_the_same_seeds(picked[picked.method.isin(SHOWN)])
     drawn, found = [], {"gains": gains(picked), "training": training(alike), "classes": classes(alike)}
     found["wrong_labels"] = wrong_labels(alike)
@@ -30,6 +29,12 @@ def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
             plt.close(figure)
             drawn.append(path)
     return drawn
+
+
+def at_the_chosen(tested: Any, chosen: Any) -> Any:
+    """The runs with the strength that is chosen for their method and loss."""
+    families = zip(tested.method, tested.loss, tested.strength, strict=True)
+    return tested[np.array([chosen.get((method, loss)) == s for method, loss, s in families], bool)]
 
 
 def with_the_same_seeds(runs: Any) -> Any:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tyro
 
 from examples.digits import data, experiment, main, models, train
 from examples.digits.experiment import SETTINGS, draw, noisy_labels
@@ -100,9 +99,7 @@ def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission
     assert silenced["SGD"] == pytest.approx(1, abs=1e-3)
 
 
-def test_bad_arguments_exit_with_two(capsys):
-    command = [sys.executable, "-m", "examples.digits.main", "--seeds", "0"]
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--nonsense"]])
+def test_bad_arguments_exit_with_two(arguments):
+    command = [sys.executable, "-m", "examples.digits.main", *arguments]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 2
-    with pytest.raises(SystemExit, match="2"):
-        tyro.cli(main.Options, args=["--nonsense"])
-    assert "--nonsense" in capsys.readouterr().err

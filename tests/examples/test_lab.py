@@ -193,14 +193,12 @@ def test_each_device_evaluates_its_part():
 
 
 def test_batches_from_the_host_are_those_from_the_device(tmp_path):
-    meta, elr = ((FIRST, second(method)) for method in (Meta(), EarlyLearning(3.0)))
-    memory, hosts = ([Run(task=task, seed=0, stages=each) for each in (meta, elr)] for task in (Clouds(), Streamed()))
-    in_turns = [Run(task=Sorted(), seed=0, stages=elr)]  # whose shapes differ
-    pairs = (
-        (train(memory, settings(tmp_path, together=3)), train(hosts, settings(tmp_path, together=3))),
-        (train(in_turns, settings(tmp_path)), train(in_turns, settings(tmp_path / "over", devices=8))),
-    )
-    for one, other in pairs:
+    stages = [(FIRST, second(method)) for method in (Meta(), EarlyLearning(3.0))]
+    runs = {task: [Run(task=task, seed=0, stages=each) for each in stages] for task in (Clouds(), Streamed(), Sorted())}
+    in_memory, streamed, alike = (train(of, settings(tmp_path, together=3)) for of in runs.values())
+    for one, other in zip(in_memory, streamed, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
+    for one, other in zip(alike, train(runs[Sorted()], settings(tmp_path / "over", devices=8)), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
 
 
