@@ -85,22 +85,26 @@ def test_devices_merge_exactly(float64):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     update = partial(weighting.update, axis_name="data")
     mapped = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(P("data"), P()), out_specs=(P("data"), P())))
+    on_one = jax.jit(weighting.update)
     state, alone = weighting.init(), weighting.init()
     for losses in LOSSES:
         weights, state = mapped(losses, state)
-        expected, alone = weighting.update(losses, alone)
+        expected, alone = on_one(losses, alone)
         np.testing.assert_allclose(weights, expected, rtol=1e-12)
 
     f = absgd_jax.value_and_grad(lambda w, x, d: x + w * d, axis_name="data", num_microbatches=2)
     opt = absgd_jax.scale_by_absgd(0.3, max_weight=2.0)
     specs = {"in_specs": (P(), P("data"), P("data"), P()), "out_specs": P()}
     grad = jax.jit(jax.shard_map(lambda w, x, d, s: f(w, x, d, state=s), mesh=mesh, **specs))
+    f_on_one = absgd_jax.value_and_grad(lambda w, x, d: x + w * d)
+    grad_on_one = jax.jit(lambda w, x, d, s: f_on_one(w, x, d, state=s))
+    update = jax.jit(lambda g, s, risk: opt.update(g, s, value=risk)[1])
     w, here, there = jnp.zeros(()), opt.init(jnp.zeros(())), opt.init(jnp.zeros(()))
     for x, d in zip(LOSSES, SLOPES, strict=True):
         risk, g = grad(w, x, d, there)
-        expected = absgd_jax.value_and_grad(lambda w, x, d: x + w * d)(w, x, d, state=here)
+        expected = grad_on_one(w, x, d, here)
         np.testing.assert_allclose((risk, g), expected, rtol=1e-12)
-        (_, there), (_, here) = opt.update(g, there, value=risk), opt.update(expected[1], here, value=expected[0])
+        there, here = update(g, there, risk), update(expected[1], here, expected[0])
 
 
 @pytest.mark.parametrize("lam", [1.0, -1.0])
@@ -168,12 +172,16 @@ def test_schedules_injection_and_vmap_reach_the_bound():
     injected = optax.inject_hyperparams(absgd_jax.scale_by_absgd)(0.5, max_weight=2.0)
     w, (x, d) = jnp.zeros(()), (LOSSES[1], SLOPES[1])
     f = absgd_jax.value_and_grad(lambda w, x, d: x + w * d)
-    state = injected.init(w)
-    risk, grad = f(w, LOSSES[0], SLOPES[0], state=state)
-    _, state = injected.update(grad, state, w, value=risk)
+
+    @jax.jit
+    def step(state, x, d):
+        risk, grad = f(w, x, d, state=state)
+        return risk, injected.update(grad, state, w, value=risk)[1]
+
+    _, state = step(injected.init(w), LOSSES[0], SLOPES[0])
     for c in (2.0, 5.0):
         state.hyperparams["max_weight"] = jnp.float32(c)
-        risk, grad = f(w, x, d, state=state)
+        risk, _ = step(state, x, d)
         clipped = np.minimum(x, np.mean(LOSSES[0]) + 0.5 * np.log(c))
         np.testing.assert_allclose(risk, 0.5 * np.log(np.mean(np.exp(clipped / 0.5))), rtol=1e-5)
 
@@ -182,16 +190,15 @@ def test_schedules_injection_and_vmap_reach_the_bound():
         _, state = weighting.update(LOSSES[0], weighting.init())
         return absgd_jax.attention_weights(LOSSES[1], state.risk, 0.2, max_weight=c).max()
 
-    np.testing.assert_allclose(jax.vmap(largest)(jnp.array([1.5, 3.0])), [1.5, 3.0])
+    np.testing.assert_allclose(jax.jit(jax.vmap(largest))(jnp.array([1.5, 3.0])), [1.5, 3.0])
 
 
 def test_a_gradient_far_above_the_bound_keeps_its_direction_and_weight():
     state = absgd_jax.scale_by_absgd(1.0, max_weight=3.0).init(jnp.zeros(1))
     state = state._replace(risk=jnp.float32(1.0), mass=jnp.float32(1.0), temperature=jnp.float32(1.0))
     losses = jnp.array([1.0, 1e6])  # exp(1e6) without the bound
-    risk, grads = jax.value_and_grad(
-        lambda x: absgd_jax.entropic_risk(x, state.temperature, threshold=state.threshold)
-    )(losses)
+    risk_of = lambda x: absgd_jax.entropic_risk(x, state.temperature, threshold=state.threshold)  # noqa: E731
+    risk, grads = jax.jit(jax.value_and_grad(risk_of))(losses)
     np.testing.assert_allclose(risk, 1 + np.log((1 + 3) / 2), rtol=1e-6)
     np.testing.assert_allclose(grads, [1 / 4, 3 / 4], rtol=1e-6)
 

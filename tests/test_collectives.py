@@ -90,7 +90,7 @@ def truth(loss, params, lam, weights, slices):
             losses = losses.at[i::slices].set(loss(params, X[i::slices], Y[i::slices], None))
         return literal(losses, lam, weights)
 
-    return jax.value_and_grad(risk)(params)
+    return jax.jit(jax.value_and_grad(risk))(params)
 
 
 def over_devices(how, f, spec, arrays):

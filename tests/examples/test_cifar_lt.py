@@ -76,12 +76,12 @@ def test_resnets_have_the_published_sizes(depth, count):
 
 
 def test_the_shallow_network_and_its_whitening():
-    module = Shallow(10, rngs=nnx.Rngs(0))
+    module = nnx.jit(lambda: Shallow(10, rngs=nnx.Rngs(0)))()
     assert parameters(module) == 1_137_850
     rng = np.random.default_rng(0)
     rough = rng.normal(size=(60, 32, 32, 3)).astype(np.float32)
     images = rough + 2 * rough[:, ::-1].mean(axis=3, keepdims=True)
-    kernel = whitening_kernel(jnp.asarray(images))
+    kernel = jax.jit(whitening_kernel)(images)
     np.testing.assert_array_equal(kernel[..., 24:], -kernel[..., :24])
     windows = np.lib.stride_tricks.sliding_window_view(images.astype(np.float64), (4, 4), axis=(1, 2))[:, ::3, ::3]
     patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 48)  # rows, columns, channels
@@ -90,8 +90,10 @@ def test_the_shallow_network_and_its_whitening():
     np.testing.assert_allclose(seen.T @ seen / len(seen), np.diag(variances / (variances + 5e-4)), atol=1e-3)
     x = rng.normal(size=(2, 5, 5, 3)).astype(np.float32)
     np.testing.assert_array_equal(max_pool(x), nnx.max_pool(x, (2, 2), (2, 2)))
-    assert module(rng.normal(size=(4, 32, 32, 3)), train=True).shape == (4, 10)
-    assert module.features(rng.normal(size=(4, 32, 32, 3)), train=False).shape == (4, 256)
+    forward = lambda module, x: (module(x, train=True), module.features(x, train=False))  # noqa: E731
+    logits, features = nnx.jit(forward)(module, rng.normal(size=(4, 32, 32, 3)))
+    assert logits.shape == (4, 10)
+    assert features.shape == (4, 256)
 
 
 def test_crops_are_windows_of_the_framed_image_or_their_mirror_images():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
+import runpy
 import sys
 
 import jax
@@ -100,6 +100,8 @@ def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--nonsense"]])
-def test_bad_arguments_exit_with_two(arguments):
-    command = [sys.executable, "-m", "examples.digits.main", *arguments]
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 2
+def test_bad_arguments_exit_with_two(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(main.__file__, run_name="__main__")
+    assert ended.value.code == 2

@@ -125,7 +125,7 @@ def test_logits_are_those_of_a_forward_pass_by_hand(first_strides):
 
 
 def test_every_array_has_a_place_and_must_fit():
-    module = ResNet(10, 7, rngs=nnx.Rngs(0))
+    module = nnx.jit(lambda: ResNet(10, 7, rngs=nnx.Rngs(0)))()
     weights = random_weights(10, 1000)
     before = np.array(module.classifier.kernel[...])
     load_weights(weights, stem=module.stem, head=module)  # of other classes: the classifier stays

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -126,27 +127,24 @@ def test_momentum_sgd_by_hand(tmp_path):
     )
     run, data = run_of(*stages), Clouds().load(tmp_path)
     (end,) = train([run], settings(tmp_path))
-    state = trainer.first_state(run.task, FIRST, (200, 2), 0)
-    graphdef = nnx.split(run.task.network("ce", nnx.Rngs(0)), nnx.Param, ...)[0]
+    state = jax.jit(lambda: trainer.first_state(run.task, FIRST, (200, 2), 0))()
+    graphdef = nnx.split(nnx.eval_shape(lambda: run.task.network("ce", nnx.Rngs(0))), nnx.Param, ...)[0]
 
     @jax.jit
-    @jax.grad
+    @partial(jax.grad, has_aux=True)
     def gradient(params, rest, x, y):
-        return loss(params, rest, x, y)[0]
-
-    def loss(params, rest, x, y):
         module = nnx.merge(graphdef, params, rest, copy=True)
         logits = module(x, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), nnx.state(module, nnx.Not(nnx.Param))
 
-    params, rest, step = state.params, state.rest, 0
-    momentum = jax.tree.map(jnp.zeros_like, params)
+    params, rest, step = jax.tree.map(np.asarray, state.params), state.rest, 0
+    momentum = jax.tree.map(np.zeros_like, params)
     for epoch in range(4):
         key = trainer.epoch_key(state.key, jnp.int32(step), trainer.STEPS)
         for batch in np.asarray(jax.random.permutation(key, 200)).reshape(5, 40):
             x, y = data.train.inputs[batch], data.train.labels[batch]
-            grads, (_, rest) = gradient(params, rest, x, y), loss(params, rest, x, y)
-            grads = jax.tree.map(lambda g, p: g + 1e-2 * p, grads, params)
+            grads, rest = gradient(params, rest, x, y)
+            grads = jax.tree.map(lambda g, p: np.asarray(g) + 1e-2 * p, grads, params)
             momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
             rate = 0.1 if epoch < 2 else 0.1 * (1 - (step - 10) / 10)
             params = jax.tree.map(lambda p, m, g: p - rate * (0.9 * m + g), params, momentum, grads)  # noqa: B023
@@ -194,11 +192,11 @@ def test_each_device_evaluates_its_part():
 
 def test_batches_from_the_host_are_those_from_the_device(tmp_path):
     stages = [(FIRST, second(method)) for method in (Meta(), EarlyLearning(3.0))]
-    runs = {task: [Run(task=task, seed=0, stages=each) for each in stages] for task in (Clouds(), Streamed(), Sorted())}
-    in_memory, streamed, alike = (train(of, settings(tmp_path, together=3)) for of in runs.values())
-    for one, other in zip(in_memory, streamed, strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
-    for one, other in zip(alike, train(runs[Sorted()], settings(tmp_path / "over", devices=8)), strict=True):
+    alone, over = settings(tmp_path / "alone", together=3), settings(tmp_path / "over", devices=8)
+    in_memory, streamed = ([Run(task=task, seed=0, stages=each) for each in stages] for task in (Clouds(), Streamed()))
+    batches_of_their_own_length = [Run(task=Sorted(), seed=0, stages=(FIRST,))]
+    ends = train([*in_memory, *batches_of_their_own_length], alone)
+    for one, other in zip(ends, train([*streamed, *batches_of_their_own_length], over), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other)
 
 
