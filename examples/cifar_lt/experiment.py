@@ -67,6 +67,9 @@ class CifarRecipe(Recipe):
             f"--test-per-class {self.test_per_class}: it must be from 1 to 1000": (
                 self.test_per_class is None or 1 <= self.test_per_class <= 1000
             ),
+            f"--mixup gives an example two classes, and --method {self.method} needs one": not (
+                self.mixup and self.method == "within-class"
+            ),
             "--classifier replaces a linear classifier, and LDAM's is none": self.classifier is None
             or self.losses[1] not in NEEDS_COSINES,
             f"--loss {self.loss}: its classifier is another than that of cross entropy": (
@@ -164,7 +167,7 @@ def wrong_labels(right: float) -> list[dict[str, Any]]:
         *({"method": "elr", "parameter": strength} for strength in (1.0, 3.0, 7.0)),
     ]
     # λ < 0 only once the network knows the classes: from the beginning it gives up whole classes.
-    later = [{"method": m, "temperature": t} for m in ("absgd", "term") for t in (-1.0, -2.0, -5.0)]
+    later = [{"method": m, "temperature": t} for m in ("absgd", "within-class", "term") for t in (-1.0, -2.0, -5.0)]
     return [{}, *({"begin": 0.0, **row} for row in at_once), *({"begin": 0.25, **row} for row in later)]
 
 

@@ -11,7 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 from examples.lab import style
 
-SHOWN = ("sgd", "absgd", "bounded-absgd", "kl-radius", "trust", "focus")  # in the pictures of training and of classes
+SHOWN = (
+    "sgd",
+    "absgd",
+    "bounded-absgd",
+    "within-class",
+    "kl-radius",
+    "trust",
+    "focus",
+)  # in the pictures of training and of classes
 
 
 def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:

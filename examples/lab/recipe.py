@@ -24,13 +24,15 @@ def _by_name() -> dict[str, Callable[["Recipe"], Any]]:
 
 METHODS = _by_name()
 NEEDS = {  # numbers that a method must be given, and that others must not
-    "temperature": ("absgd", "term", "adaptive-gamma", "recover"),
+    "temperature": ("absgd", "within-class", "term", "adaptive-gamma", "recover"),
     "kl_radius": ("kl-radius",),
     "fraction": ("trust", "focus", "forward", "small-loss"),
     "parameter": ("gce", "sce", "smoothing", "rgd", "small-loss", "elr"),
     "log_alpha": ("adaptive-gamma",),
 }
-TAKES = {"max_weight": ("absgd", "term", "adaptive-gamma", "kl-radius", "trust", "focus")}  # and need not be given
+TAKES = {
+    "max_weight": ("absgd", "within-class", "term", "adaptive-gamma", "kl-radius", "trust", "focus")
+}  # and need not be given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

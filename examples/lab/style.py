@@ -11,7 +11,7 @@ plt.rcParams.update(
 
 NAMES = {
     "sgd": "SGD", "absgd": "ABSGD", "bounded-absgd": "ABSGD, bounded", "kl-radius": "ABSGD, KL radius",
-    "trust": "ABSGD, trusted fraction",
+    "trust": "ABSGD, trusted fraction", "within-class": "ABSGD within classes",
     "focus": "ABSGD, fraction in focus", "adaptive-gamma": "ABSGD, adaptive γ", "term": "TERM", "recover": "RECOVER",
     "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm",
     "lws": "LWS", "gce": "Generalised CE", "sce": "Symmetric CE", "smoothing": "Label smoothing",
@@ -33,11 +33,13 @@ def colour(method: str, bounded: bool = False) -> str:
     """Of a method by its name in records."""
     if method.startswith("sgd"):
         return SGD
-    if method.startswith(("absgd", "bounded-absgd", "kl-radius", "trust", "focus", "term", "adaptive-gamma")):
+    if method.startswith(
+        ("absgd", "bounded-absgd", "kl-radius", "trust", "focus", "within-class", "term", "adaptive-gamma")
+    ):
         return BOUNDED if bounded or method.startswith("bounded") else ABSGD
     return RIVALS[sum(map(ord, method)) % len(RIVALS)]
 
 
 def line(method: str) -> str:
-    """Broken where λ follows a rule, so that forms of ABSGD are told apart."""
-    return "--" if method in ("trust", "focus", "kl-radius") else "-"
+    """Broken where λ follows a rule, dotted within classes, so that forms of ABSGD are told apart."""
+    return {"trust": "--", "focus": "--", "kl-radius": "--", "within-class": ":"}.get(method, "-")

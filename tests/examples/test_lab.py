@@ -34,6 +34,7 @@ from examples.lab.methods.look_ahead import L2rw, Meta
 from examples.lab.methods.recover import Recover
 from examples.lab.methods.robust_losses import RobustLoss
 from examples.lab.methods.small_loss import SmallLoss
+from examples.lab.methods.within_class import WithinClass
 from examples.lab.recipe import METHODS, Recipe
 from examples.lab.task import Split
 from tests.examples.toy_experiment import EXPERIMENT, Clouds, Sorted, Streamed
@@ -76,6 +77,7 @@ WAYS = {
     "KL radius": second(Absgd(kl_radius=0.5)),
     "trust": second(Absgd(trust=0.7)),
     "focus": second(Absgd(focus=0.5)),
+    "within class": second(WithinClass(1.0)),
     "SCENT": second(Absgd(1.0, log_alpha=-1.0)),
     "TERM": second(Absgd(1.0, gamma=1.0)),
     "META": second(Meta(), class_weights=True),

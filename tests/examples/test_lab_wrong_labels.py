@@ -10,6 +10,7 @@ from examples.lab.methods import Batch, Outputs
 from examples.lab.methods.early_learning import EarlyLearning
 from examples.lab.methods.robust_losses import FUNCTIONS, RobustLoss
 from examples.lab.methods.small_loss import SmallLoss
+from examples.lab.methods.within_class import WithinClass
 
 B, D, C = 7, 4, 5
 RNG = np.random.default_rng(0)
@@ -65,11 +66,11 @@ def difference_quotient(f, x, step=1e-6):
     return out
 
 
-def gradient(method, state, indices=None):
+def gradient(method, state, indices=None, kernel=KERNEL):
     with jax.enable_x64(True):
         batch = Batch(jnp.asarray(X), jnp.asarray(LABELS), jnp.asarray(WEIGHTS), indices)
-        grads, after, info = jax.jit(method.gradient, static_argnums=0)(losses, jnp.asarray(KERNEL), state, batch, None)
-    np.testing.assert_allclose(info.losses, WEIGHTS * -np.log(given(probabilities(KERNEL))), rtol=1e-9)
+        grads, after, info = jax.jit(method.gradient, static_argnums=0)(losses, jnp.asarray(kernel), state, batch, None)
+    np.testing.assert_allclose(info.losses, WEIGHTS * -np.log(given(probabilities(kernel))), rtol=1e-9)
     return np.asarray(grads), after, info
 
 
@@ -112,6 +113,28 @@ def test_small_losses(done, kept):
     mean = lambda kernel: np.mean((WEIGHTS * -np.log(given(probabilities(kernel))))[chosen])  # noqa: E731
     np.testing.assert_allclose(grads, difference_quotient(mean, KERNEL), rtol=1e-6, atol=1e-9)
     np.testing.assert_array_equal(np.flatnonzero(info.weights), np.sort(chosen))
+
+
+@pytest.mark.parametrize("lam", [-0.5, 0.8])
+def test_within_a_class(lam):
+    """Algorithm 1 with bias correction, in plain exponentials, for each class on its own; one class does not occur."""
+    method, gamma, present = WithinClass(lam), 0.1, np.unique(LABELS)
+    assert 1 < len(present) < C
+    assert np.bincount(LABELS).max() > 1
+    with jax.enable_x64(True):
+        state = method.init(None, (9, C))
+    s, mass = np.zeros(C), np.zeros(C)
+    for kernel in (KERNEL, 2 * KERNEL, -KERNEL):
+        grads, state, info = gradient(method, state, kernel=kernel)
+        values = -WEIGHTS * np.log(given(probabilities(kernel)))
+        for c in present:
+            s[c] = (1 - gamma) * s[c] + gamma * np.mean(np.exp(values[c == LABELS] / lam))
+            mass[c] = (1 - gamma) * mass[c] + gamma
+        weights = np.exp(values / lam) / s[LABELS] * mass[LABELS]
+        mean = lambda k, w=weights: np.mean(w * WEIGHTS * -np.log(given(probabilities(k))))  # noqa: E731
+        np.testing.assert_allclose(info.weights, weights, rtol=1e-6)
+        np.testing.assert_allclose(grads, difference_quotient(mean, kernel), rtol=1e-5, atol=1e-8)
+    assert set(np.flatnonzero(state.mass)) == set(present)
 
 
 def test_early_learning():

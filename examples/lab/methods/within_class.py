@@ -1,0 +1,53 @@
+"""ABSGD within each class: an example is compared with the others of its class, and every class keeps its weight."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+import absgd_jax
+from examples.lab.methods import Info
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WithinClass:
+    """A running risk for each class, with which the losses of its examples are compared.
+
+    A batch has few examples of a class, so its risk has to remember more of them than one batch has: γ is small.
+    """
+
+    temperature: float  # λ, in units of loss
+    gamma: float = 0.1
+    max_weight: float = math.inf
+
+    needs_held_out = False
+
+    def weighting(self):
+        return absgd_jax.weight_by_absgd(self.temperature, self.gamma, max_weight=self.max_weight, bias_correction=True)
+
+    def init(self, params, size):
+        del params
+        return jax.vmap(lambda _: self.weighting().init())(jnp.arange(size[1]))
+
+    def gradient(self, losses, params, state, batch, held_out):
+        del held_out
+
+        def mean(params):
+            values, aux = losses(params, batch)
+            values = batch.weights * values
+            own = batch.labels == jnp.arange(state.risk.size)[:, None]
+            update = lambda state, own: self.weighting().update(values, state, where=own)  # noqa: E731
+            of_class, after = jax.vmap(update)(state, own)
+            weights = jnp.sum(of_class, axis=0)
+            return jnp.mean(weights * values), (values, weights, after, aux)
+
+        (_, (values, weights, after, aux)), grads = jax.value_and_grad(mean, has_aux=True)(params)
+        return grads, after, Info(values, weights, jnp.mean(after.risk), jnp.float32(self.temperature), aux)
+
+
+BY_NAME = {
+    "within-class": lambda recipe: WithinClass(recipe.temperature, max_weight=recipe.max_weight),
+}
