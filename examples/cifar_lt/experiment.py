@@ -167,7 +167,8 @@ def wrong_labels(right: float) -> list[dict[str, Any]]:
         *({"method": "elr", "parameter": strength} for strength in (1.0, 3.0, 7.0)),
     ]
     # λ < 0 only once the network knows the classes: from the beginning it gives up whole classes.
-    later = [{"method": m, "temperature": t} for m in ("absgd", "within-class", "term") for t in (-1.0, -2.0, -5.0)]
+    weighted = ({"method": "absgd"}, {"method": "within-class", "gamma": 0.1}, {"method": "term"})
+    later = [method | {"temperature": t} for method in weighted for t in (-1.0, -2.0, -5.0)]
     return [{}, *({"begin": 0.0, **row} for row in at_once), *({"begin": 0.25, **row} for row in later)]
 
 

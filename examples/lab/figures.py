@@ -11,15 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from examples.lab import style
 
-SHOWN = (
-    "sgd",
-    "absgd",
-    "bounded-absgd",
-    "within-class",
-    "kl-radius",
-    "trust",
-    "focus",
-)  # in the pictures of training and of classes
+# In the pictures of training and of classes.
+SHOWN = ("sgd", "absgd", "bounded-absgd", "within-class", "kl-radius", "trust", "focus")
 
 
 def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:

@@ -30,9 +30,10 @@ NEEDS = {  # numbers that a method must be given, and that others must not
     "parameter": ("gce", "sce", "smoothing", "rgd", "small-loss", "elr"),
     "log_alpha": ("adaptive-gamma",),
 }
-TAKES = {
-    "max_weight": ("absgd", "within-class", "term", "adaptive-gamma", "kl-radius", "trust", "focus")
-}  # and need not be given
+TAKES = {  # and need not be given
+    "max_weight": ("absgd", "term", "adaptive-gamma", "kl-radius", "trust", "focus"),
+    "gamma": ("absgd", "within-class", "kl-radius", "trust", "focus"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -188,6 +188,8 @@ def test_every_row_of_the_tables_is_a_run_of_its_own(dataset, right):
         ({"trained": "head"}, "--trained head"),
         ({"second_rate": 0.0}, "--second-rate 0.0"),
         ({"classifier": "crt", "loss": "ldam"}, "--classifier replaces"),
+        ({"mixup": True, "method": "within-class", "temperature": 1.0}, "--mixup gives an example two classes"),
+        ({"method": "term", "temperature": 1.0, "gamma": 0.5}, "--gamma 0.5 is for absgd, within-class"),
     ],
 )
 def test_numbers_that_cannot_be_are_one_sentence(arguments, message):

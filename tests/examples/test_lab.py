@@ -77,7 +77,7 @@ WAYS = {
     "KL radius": second(Absgd(kl_radius=0.5)),
     "trust": second(Absgd(trust=0.7)),
     "focus": second(Absgd(focus=0.5)),
-    "within class": second(WithinClass(1.0)),
+    "within class": second(WithinClass(1.0, 0.1)),
     "SCENT": second(Absgd(1.0, log_alpha=-1.0)),
     "TERM": second(Absgd(1.0, gamma=1.0)),
     "META": second(Meta(), class_weights=True),

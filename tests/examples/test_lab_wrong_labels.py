@@ -118,7 +118,8 @@ def test_small_losses(done, kept):
 @pytest.mark.parametrize("lam", [-0.5, 0.8])
 def test_within_a_class(lam):
     """Algorithm 1 with bias correction, in plain exponentials, for each class on its own; one class does not occur."""
-    method, gamma, present = WithinClass(lam), 0.1, np.unique(LABELS)
+    gamma, present = 0.1, np.unique(LABELS)
+    method = WithinClass(lam, gamma)
     assert 1 < len(present) < C
     assert np.bincount(LABELS).max() > 1
     with jax.enable_x64(True):

@@ -1,7 +1,6 @@
 """ABSGD within each class: an example is compared with the others of its class, and every class keeps its weight."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,16 @@ from examples.lab.methods import Info
 class WithinClass:
     """A running risk for each class, with which the losses of its examples are compared.
 
-    A batch has few examples of a class, so its risk has to remember more of them than one batch has: γ is small.
+    A batch has few examples of a class, so γ has to be small for the risk to remember more of them.
     """
 
     temperature: float  # λ, in units of loss
-    gamma: float = 0.1
-    max_weight: float = math.inf
+    gamma: float
 
     needs_held_out = False
 
     def weighting(self):
-        return absgd_jax.weight_by_absgd(self.temperature, self.gamma, max_weight=self.max_weight, bias_correction=True)
+        return absgd_jax.weight_by_absgd(self.temperature, self.gamma, bias_correction=True)
 
     def init(self, params, size):
         del params
@@ -48,6 +46,4 @@ class WithinClass:
         return grads, after, Info(values, weights, jnp.mean(after.risk), jnp.float32(self.temperature), aux)
 
 
-BY_NAME = {
-    "within-class": lambda recipe: WithinClass(recipe.temperature, max_weight=recipe.max_weight),
-}
+BY_NAME = {"within-class": lambda recipe: WithinClass(recipe.temperature, recipe.gamma)}
