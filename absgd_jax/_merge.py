@@ -73,7 +73,7 @@ def merge_risks(
       The pair (R̂, σ): the merged risk, a scalar, and the shares, of the shape of ``risks``.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or not a scalar.
+      ValueError: if ``temperature`` is NaN or not a scalar, or one of the ``weights`` is a negative or infinite number.
 
     Example:
       >>> import jax.numpy as jnp

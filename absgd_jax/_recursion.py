@@ -32,14 +32,20 @@ def settle(state: ScaleByAbsgdState) -> ScaleByAbsgdState:
     return state._replace(temperature=jnp.where(unknown, infinity, state.temperature))
 
 
+def _follows_training(value: Temperature | Gamma) -> bool:
+    return isinstance(value, Rule) or callable(value)
+
+
 def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bias_correction: bool) -> Recursion:
     """The moving average s ← (1 - γ) s + γ g̃, which is a merge of the past with the batch.
 
     The past has risk R and weight (1 - γ) m, the batch has risk R̂ and weight γ. Merging them gives the new R, and the
     batch's share σ in it is γ g̃/s, from which the factor g̃/s follows without an exponential of its own.
     """
-    check_temperature(temperature)
-    check_gamma(gamma)
+    if not _follows_training(temperature):
+        check_temperature(temperature)
+    if not _follows_training(gamma):
+        check_gamma(gamma)
     check_max_weight(max_weight)
 
     def with_temperature(state, lam):

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from absgd_jax._merge import AxisName, Part, merge_devices
 from absgd_jax._tilt import Axis, clip_losses, is_infinite, reduction_inputs, tilt
-from absgd_jax._validate import check_temperature
+from absgd_jax._validate import check_scalar, check_temperature
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5))
@@ -98,7 +98,9 @@ def entropic_risk(
       R̂ in units of loss, float32 or wider, of the shape that remains when ``axis`` is reduced.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or not a scalar, or ``weights`` or ``where`` do not fit the losses.
+      ValueError: if ``temperature`` is NaN, ``temperature`` or ``threshold`` is not a scalar, ``weights`` or ``where``
+        do not fit the losses, or one of the ``weights`` is a negative or infinite number.
+      TypeError: if ``losses`` are complex, or ``where`` is not boolean.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -116,5 +118,7 @@ def entropic_risk(
       Li et al., `Tilted Empirical Risk Minimization <https://arxiv.org/abs/2007.01162>`_, 2021.
     """
     check_temperature(temperature, zero_allowed=True)
+    if threshold is not None:
+        check_scalar("threshold", threshold, "Use jax.vmap for several thresholds.")
     options = {"weights": weights, "where": where, "threshold": threshold, "axis": axis, "axis_name": axis_name}
     return reduce(losses, temperature, **options).risk

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from absgd_jax._state import ScaleByAbsgdState
 from absgd_jax._tilt import is_infinite
-from absgd_jax._validate import check_finite, check_positive, check_scalar, concrete
+from absgd_jax._validate import check_finite, check_positive, check_real, check_scalar, concrete
 
 
 class Rule(NamedTuple):
@@ -54,7 +54,8 @@ def evaluate(name: str, value: Temperature | Gamma, state: ScaleByAbsgdState, kl
         value = value.at(state, kl)
     elif callable(value):
         value = value(state.count)
-    check_scalar(name, value, "Use jax.vmap for several values.")
+    for number in value if isinstance(value, tuple) else (value,):
+        check_scalar(name, number, "Use jax.vmap for several values.")
     return value
 
 
@@ -173,6 +174,7 @@ def _mirror_step(rho, step_size, start, temperature, kl):
 
 
 def _fraction_rule(fraction, sign, step_size, batch_size):
+    check_real("fraction", fraction)
     number = concrete(fraction)
     if number is not None and not 0 < number < 1:
         raise ValueError(f"fraction={fraction!r}: it must lie between 0 and 1, both excluded; 1 would be SGD.")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from absgd_jax._validate import check_not_negative
+
 Axis = int | Sequence[int] | None
 
 
@@ -87,7 +89,8 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 
 def align(name: str, value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Broadcasts ``value`` to ``shape`` from the first axis on: one weight an example is one for all of its losses."""
-    given = jnp.shape(value)
+    value = jnp.asarray(value)
+    given = value.shape
     if len(given) > len(shape) or any(size not in (1, whole) for size, whole in zip(given, shape, strict=False)):
         raise ValueError(
             f"{name} has shape {given}, the losses have {shape}. It is matched from the first axis (the examples) on, "
@@ -101,11 +104,19 @@ def reduction_inputs(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Losses, temperature and weights as arrays of the dtype in which they are reduced: float32 or wider."""
     losses = jnp.asarray(losses)
+    if jnp.issubdtype(losses.dtype, jnp.complexfloating):
+        raise TypeError(f"The losses have dtype {losses.dtype}: give real numbers, such as jnp.abs(z) ** 2.")
     losses = losses.astype(wide(losses.dtype))
-    weights = jnp.ones_like(losses) if weights is None else align("weights", weights, losses.shape)
-    weights = weights.astype(losses.dtype)
+    if weights is None:
+        weights = jnp.ones_like(losses)
+    else:
+        check_not_negative("weights", weights)
+        weights = align("weights", weights, losses.shape).astype(losses.dtype)
     if where is not None:
-        weights = jnp.where(align("where", where, losses.shape), weights, 0)
+        where = align("where", where, losses.shape)
+        if where.dtype != bool:
+            raise TypeError(f"where has dtype {where.dtype}: give booleans, such as mask != 0; fractions are weights=.")
+        weights = jnp.where(where, weights, 0)
     return losses, jnp.asarray(temperature, losses.dtype), weights
 
 

@@ -114,7 +114,8 @@ def scale_by_absgd(
                 "value=risk, kl=kl), where absgd_jax.value_and_grad(..., with_kl=True) returns ((risk, kl), grads)."
             )
         check_scalar("value", value, "Pass absgd_jax.entropic_risk(losses, temperature), not the losses.")
-        check_scalar("kl", kl, "Pass the KL of the whole batch, as absgd_jax.value_and_grad returns it.")
+        if kl is not None:
+            check_scalar("kl", kl, "Pass the KL of the whole batch, as absgd_jax.value_and_grad returns it.")
         factor, state = rec.step(value, kl, state)
         return jax.tree.map(lambda g: (factor * g.astype(_at_least_half(g.dtype))).astype(g.dtype), updates), state
 

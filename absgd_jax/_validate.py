@@ -1,15 +1,15 @@
-"""Checks of Python's and NumPy's numbers; JAX arrays pass unseen, so every check is safe under tracing."""
+"""Checks of types and shapes, and of the values of Python's and NumPy's numbers: all are safe under tracing."""
 
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 def concrete(value: Any) -> float | None:
     """The value of a real number of Python's or NumPy's; None for all else: arrays, schedules, rules, tracers."""
-    if isinstance(value, (bool, np.bool_)):
-        return None
     if isinstance(value, (int, float, np.integer, np.floating)):
         return float(value)
     if isinstance(value, np.ndarray) and value.shape == () and value.dtype.kind in "iuf":
@@ -57,22 +57,47 @@ def check_max_weight(max_weight: Any) -> None:
         )
 
 
-def check_finite(name: str, value: Any) -> None:
-    """Raises ValueError for a number that is not finite."""
+def check_finite(name: str, value: Any, *, at_least: float = -math.inf) -> None:
+    """Raises ValueError for a number that is not finite, or less than ``at_least``."""
+    check_real(name, value)
     number = concrete(value)
-    if number is not None and not math.isfinite(number):
-        raise ValueError(f"{name}={value!r}: it must be finite.")
+    if number is not None and not (math.isfinite(number) and number >= at_least):
+        raise ValueError(
+            f"{name}={value!r}: it must be finite{f' and at least {at_least}' if at_least > -math.inf else ''}."
+        )
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raises ValueError for a number that is not positive and finite."""
+    check_real(name, value)
     number = concrete(value)
     if number is not None and not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name}={value!r}: it must be positive and finite.")
 
 
+def check_real(name: str, value: Any) -> None:
+    """Raises TypeError for what is no real number, and no array of them: a text from a file, None, True."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, bool) or not (
+        isinstance(value, (int, float))
+        or (dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)))
+    ):
+        kind = type(value).__name__ if dtype is None else f"{type(value).__name__} of dtype {dtype}"
+        raise TypeError(f"{name}={value!r} is a {kind}: give a real number, or an array of one.")
+
+
 def check_scalar(name: str, value: Any, hint: str) -> None:
-    """Raises ValueError for an array that is not a scalar (shapes are known under tracing)."""
-    shape = getattr(value, "shape", ())
-    if shape != ():
+    """Raises TypeError for what is no real number, and ValueError for an array that is not a scalar."""
+    check_real(name, value)
+    if shape := getattr(value, "shape", ()):
         raise ValueError(f"{name} has shape {tuple(shape)}, a scalar is needed. {hint}")
+
+
+def check_not_negative(name: str, values: Any) -> None:
+    """Raises ValueError if any of Python's or NumPy's numbers is negative, infinite or NaN."""
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)):
+        return
+    numbers = np.asarray(values)
+    bad = numbers[~((numbers >= 0) & (numbers < np.inf))]
+    if bad.size:
+        raise ValueError(f"{name} contains {bad[0]}: give finite numbers that are not negative.")

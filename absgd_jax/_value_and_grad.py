@@ -93,8 +93,8 @@ def value_and_grad(
       >>> print(risk, grads.tolist())
       7.65 [-0.036, -5.892]
     """
-    if num_microbatches < 1:
-        raise ValueError(f"num_microbatches={num_microbatches!r}: it must be at least 1.")
+    if not isinstance(num_microbatches, (int, np.integer)) or num_microbatches < 1:
+        raise ValueError(f"num_microbatches={num_microbatches!r}: it must be an integer of at least 1.")
     if has_aux and num_microbatches > 1 and aux_accumulator is None:
         raise TypeError(
             f"num_microbatches={num_microbatches} with has_aux=True: say how aux leaves the micro-batches with "

@@ -57,6 +57,7 @@ def focal(logits: ArrayLike, labels: ArrayLike, *, focusing: float = 2.0) -> jax
     References:
       Lin et al., `Focal Loss for Dense Object Detection <https://arxiv.org/abs/1708.02002>`_, 2017.
     """
+    _validate.check_finite("focusing", focusing, at_least=0)
     return _softmax_loss(*_operands(logits, labels), focusing)
 
 
@@ -85,6 +86,7 @@ def sigmoid_focal(logits: ArrayLike, labels: ArrayLike, *, focusing: float = 2.0
     References:
       Lin et al., `Focal Loss for Dense Object Detection <https://arxiv.org/abs/1708.02002>`_, 2017.
     """
+    _validate.check_finite("focusing", focusing, at_least=0)
     return _sigmoid_loss(logits, labels, focusing=focusing)
 
 
@@ -259,6 +261,7 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     References:
       Cui et al., `Class-Balanced Loss Based on Effective Number of Samples <https://arxiv.org/abs/1901.05555>`_, 2019.
     """
+    _validate.check_scalar("beta", beta, "Use jax.vmap for several values.")
     if (number := _validate.concrete(beta)) is not None and not 0 <= number < 1:
         raise ValueError(f"beta={beta!r}: it must be at least 0 and less than 1; 0.9999 is usual.")
     counts = _counts(class_counts)
@@ -295,8 +298,7 @@ def deferred_reweighting(class_weights: ArrayLike, start: int) -> Callable[[Arra
     References:
       Cao et al., `Learning Imbalanced Datasets with LDAM <https://arxiv.org/abs/1906.07413>`_, 2019.
     """
-    if (number := _validate.concrete(start)) is not None and not number >= 0:
-        raise ValueError(f"start={start!r}: it must be at least 0.")
+    _validate.check_finite("start", start, at_least=0)
     class_weights = jnp.asarray(class_weights)
     return lambda step: jnp.where(jnp.asarray(step) < start, jnp.ones_like(class_weights), class_weights)
 
@@ -351,8 +353,6 @@ def _focal(surprise: jax.Array, log_miss: jax.Array, focusing: ArrayLike | None)
     """(1 - p)^φ (-log p), of -log p and log(1 - p): a power may have no derivative at p = 1, this has."""
     if focusing is None:
         return surprise
-    if (number := _validate.concrete(focusing)) is not None and not 0 <= number < np.inf:
-        raise ValueError(f"focusing={focusing!r}: it must be finite and at least 0; 0 is cross entropy, 2 is usual.")
     log_miss = jnp.maximum(log_miss, jnp.finfo(log_miss.dtype).min)  # 0 · log 0 = 0
     return jnp.exp(_scalar("focusing", focusing, log_miss.dtype) * log_miss) * surprise
 
@@ -376,13 +376,9 @@ def _operands(logits: ArrayLike, labels: ArrayLike, *, soft: bool = True) -> tup
 
 def _counts(class_counts: ArrayLike, logits: ArrayLike = 0.0, *shapes: tuple[int, ...]) -> jax.Array:
     """Counts in the dtype of the loss; ValueError if Python's or NumPy's are none, or none of the shapes is theirs."""
-    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(class_counts)):
-        numbers = np.asarray(class_counts)
-        bad = numbers[~((numbers >= 0) & (numbers < np.inf))]
-        if bad.size:
-            raise ValueError(f"class_counts contains {bad[0]}: give finite numbers; 0 is a class that does not occur.")
-        if not numbers.any():
-            raise ValueError(f"class_counts={class_counts!r}: no class occurs. Count the labels of the training data.")
+    _validate.check_not_negative("class_counts", class_counts)
+    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(class_counts)) and not np.any(class_counts):
+        raise ValueError(f"class_counts={class_counts!r}: no class occurs. Count the labels of the training data.")
     counts = jnp.asarray(class_counts, _tilt.wide(jnp.result_type(logits)))
     if shapes and counts.shape not in shapes:
         raise ValueError(

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import absgd_jax
@@ -21,6 +23,8 @@ LOSSES = {
     "balanced_softmax", "class_balanced_weights", "deferred_reweighting", "focal", "ldam", "logit_adjustment",
     "sigmoid_focal", "sigmoid_logit_adjustment",
 }  # fmt: skip
+
+LOSSES_OF_THREE = jnp.array([0.0, 1.0, 4.0])
 
 
 def public_names(module):
@@ -108,11 +112,71 @@ def test_bad_numbers_are_quoted_at_construction(make, arguments, message):
         (lambda: absgd_jax.kl_radius(1.0, step_size=-1.0), "step_size=-1.0"),
         (lambda: absgd_jax.kl_radius(4.9, batch_size=128), r"rho=4.9.*log\(128\) = 4.852.*uniform"),
         (lambda: absgd_jax.value_and_grad(jnp.square, num_microbatches=0), "num_microbatches=0"),
+        (lambda: absgd_jax.value_and_grad(jnp.square, num_microbatches=2.0), "num_microbatches=2.0"),
+        (lambda: absgd_jax.entropic_risk(LOSSES_OF_THREE, 1.0, weights=np.array([1.0, -2.0, 1.0])), "contains -2.0"),
+        (lambda: absgd_jax.entropic_risk(LOSSES_OF_THREE, 1.0, weights=[1.0, float("nan"), 1.0]), "contains nan"),
+        (lambda: absgd_jax.merge_risks(LOSSES_OF_THREE, 1.0, weights=np.array([1.0, 2.0, np.inf])), "contains inf"),
     ],
 )
 def test_bad_numbers_of_the_rest_are_quoted(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+NUMBERS = {
+    "temperature": absgd_jax.scale_by_absgd,
+    "gamma": lambda x: absgd_jax.weight_by_absgd(1.0, x),
+    "max_weight": lambda x: absgd_jax.absgd(0.1, 1.0, max_weight=x),
+    "log_alpha": absgd_jax.adaptive_gamma,
+    "rho": absgd_jax.kl_radius,
+    "init": lambda x: absgd_jax.kl_radius(0.5, init=x),
+    "step_size": lambda x: absgd_jax.focus_fraction(0.5, step_size=x),
+    "fraction": absgd_jax.trust_fraction,
+    "threshold": lambda x: absgd_jax.entropic_risk(LOSSES_OF_THREE, 1.0, threshold=x),
+    "focusing": lambda x: absgd_jax.losses.sigmoid_focal(LOSSES_OF_THREE, jnp.ones(3), focusing=x),
+    "beta": lambda x: absgd_jax.losses.class_balanced_weights([2, 1], beta=x),
+    "tau": lambda x: absgd_jax.losses.logit_adjustment(jnp.zeros(2), 0, [2, 1], tau=x),
+    "scale": lambda x: absgd_jax.losses.ldam(jnp.zeros(2), 0, [2, 1], scale=x),
+    "start": lambda x: absgd_jax.losses.deferred_reweighting(jnp.ones(2), x),
+}
+
+
+@pytest.mark.parametrize("bad", ["0.5", True, 1j, [0.5], np.array("0.5"), np.array(True), jnp.array(True)], ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_quoted(name, bad):
+    """A file of settings makes texts of numbers, 1e-3 among them: their values would go unchecked."""
+    with pytest.raises(TypeError, match=f"{name}=.*: give a real number"):
+        NUMBERS[name](bad)
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS.keys() - {"threshold", "step_size"}))
+def test_none_is_no_number_unless_it_is_the_default(name):
+    with pytest.raises(TypeError, match=f"{name}=None is a NoneType"):
+        NUMBERS[name](None)
+
+
+def test_what_a_rule_or_a_schedule_returns_has_to_be_a_number():
+    params = jnp.zeros(2)
+    for temperature in (lambda count: "0.5", absgd_jax.Rule(lambda state, kl: None)):
+        with pytest.raises(TypeError, match=r"temperature=.*: give a real number"):
+            absgd_jax.scale_by_absgd(temperature).init(params)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("losses", "where", "message"),
+    [
+        (LOSSES_OF_THREE + 1j, None, "losses have dtype complex64"),
+        (LOSSES_OF_THREE, jnp.array([1, 0, 1]), "where has dtype int32"),
+        (LOSSES_OF_THREE, jnp.array([1.0, 0.5, 1.0]), "where has dtype float32.*fractions are weights="),
+    ],
+)
+def test_dtypes_that_cannot_be_meant_are_refused(losses, where, message, wrap):
+    with pytest.raises(TypeError, match=message):
+        wrap(absgd_jax.entropic_risk)(losses, 1.0, where=where)
+    weighting = absgd_jax.weight_by_absgd(1.0)
+    with pytest.raises(TypeError, match=message):
+        wrap(weighting.update)(losses, weighting.init(), where=where)
 
 
 def test_a_radius_that_the_batch_cannot_reach_is_refused_where_the_batch_is_seen():
