@@ -70,7 +70,7 @@ def train(experiment: Experiment, arguments: Sequence[str]) -> None:
     deadline = time.monotonic() + 60 * machine.max_minutes
     (path,) = _train(experiment, [recipe], machine, machine.out or machine.work / "results", deadline)
     _check_finite([path])
-    _console().print(f"{recipe.name}: {records.summary(path)}; see {path}")
+    _console().print(f"{path.stem}: {records.summary(path)}; see {path}")
 
 
 def run_profile(experiment: Experiment, arguments: Sequence[str]) -> None:

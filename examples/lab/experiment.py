@@ -13,6 +13,7 @@ from examples.lab.errors import UsageError
 from examples.lab.recipe import Recipe
 
 TUNING_SEED, TUNING_VALIDATION = 1000, 0.1
+TRAINING = ("epochs", "rate", "weight_decay", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,15 @@ class Experiment:
         rows = itertools.chain.from_iterable(known[table] for table in tables or known)
         return list(dict.fromkeys(dataclasses.replace(base, **changes) for changes in rows))
 
+    def name_of(self, recipe: Recipe) -> str:
+        """The recipe without its seed, for files and tables; how it is trained is named where the preset's is not kept."""
+        preset = self.presets[recipe.preset]
+        changed = {name: getattr(recipe, name) for name in TRAINING if getattr(recipe, name) != getattr(preset, name)}
+        name = f"{recipe.title}-{recipe.loss}{recipe.strength}"
+        return name + "".join(f"-{name.replace('_', '-')}{value:g}" for name, value in changed.items())
+
     def path(self, recipe: Recipe, results: Path) -> Path:
-        return results / recipe.preset / recipe.dataset / f"{recipe.name}.json"
+        return results / recipe.preset / recipe.dataset / f"{self.name_of(recipe)}-s{recipe.seed}.json"
 
     def command(self, recipe: Recipe) -> str:
         """The command that gives one run alone."""

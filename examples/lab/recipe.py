@@ -150,11 +150,6 @@ class Recipe:
         bounded = self.method == "absgd" and math.isfinite(self.max_weight)
         return "bounded-absgd" if bounded else self.method
 
-    @property
-    def name(self) -> str:
-        """The name of its files."""
-        return f"{self.title}-{self.loss}{self.strength}-s{self.seed}"
-
     def make_task(self, kind: type[Kind], **others: Any) -> Kind:
         """The task that has what it shares with the recipe, by the fields' names, and the rest as given."""
         shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(self)}

@@ -66,7 +66,7 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
     train([run for row in (baseline, *best) for run in anew(row)])
     result = []
     for row, scores in by_validation.items():
-        line = {"recipe": row.name.rpartition("-s")[0], "method": row.method, "validation": scores.tolist()}
+        line = {"recipe": experiment.name_of(row), "method": row.method, "validation": scores.tolist()}
         if row in best or row == baseline:
             test = accuracies(anew(row), "accuracy")
             line |= {"test": test.tolist(), "difference": (test - accuracies(anew(baseline), "accuracy")).tolist()}

@@ -51,7 +51,7 @@ def test_lists_and_packed_images(tmp_path):
 @pytest.mark.parametrize("preset", ["scenes", "paper", "whole"])
 def test_every_row_is_a_run_of_its_own(preset):
     rows = EXPERIMENT.recipes(preset)
-    assert len({make_run(row) for row in rows}) == len({row.name for row in rows}) == len(rows)
+    assert len({make_run(row) for row in rows}) == len({EXPERIMENT.name_of(row) for row in rows}) == len(rows)
 
 
 def test_lower_layers_and_head_are_the_whole_network(weights, tmp_path, monkeypatch):

@@ -446,8 +446,15 @@ def test_a_command_gives_its_run_again(tmp_path):
         assert cli._one_run(experiment, "train", shlex.split(options), cli.Machine())[0] == asked
 
 
+def test_names_say_what_the_preset_does_not():
+    preset = EXPERIMENT.presets["tiny"]
+    named = lambda **changes: EXPERIMENT.name_of(dataclasses.replace(preset, **changes))  # noqa: E731
+    assert named() == named(rate=preset.rate) == "sgd-ce"
+    assert named(rate=0.01, weight_decay=0.25, epochs=7) == "sgd-ce-epochs7-rate0.01-weight-decay0.25"
+
+
 def test_two_runs_of_one_name_are_refused(space, tmp_path, capsys):
-    (tmp_path / "space.json").write_text(json.dumps(space | {"candidates": [{"rate": 0.01}, {"rate": 1.0}]}))
+    (tmp_path / "space.json").write_text(json.dumps(space | {"candidates": [{"momentum": 0.5}, {"momentum": 0.7}]}))
     assert cli.main(EXPERIMENT, ["search", str(tmp_path), "--work", str(tmp_path / "work")]) == 1
     assert "would be of 3 runs" in capsys.readouterr().err
     assert not list(tmp_path.glob("tiny/**/*.json"))

@@ -58,7 +58,7 @@ def test_shipped_tables_are_split_and_scaled(tmp_path):
 
 def test_rows_are_runs_of_their_own():
     rows = EXPERIMENT.recipes("small")
-    assert len({row.name for row in rows}) == len({make_run(row) for row in rows}) == len(rows)
+    assert len({EXPERIMENT.name_of(row) for row in rows}) == len({make_run(row) for row in rows}) == len(rows)
 
 
 def test_one_run_end_to_end_and_bad_options(tmp_path, capsys):
