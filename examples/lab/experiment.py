@@ -54,7 +54,7 @@ class Experiment:
         return list(dict.fromkeys(dataclasses.replace(base, **changes) for changes in rows))
 
     def name_of(self, recipe: Recipe) -> str:
-        """The recipe without its seed, for files and tables; how it is trained is named where the preset's is not kept."""
+        """The recipe without its seed, for files and tables; what of TRAINING differs from the preset is named."""
         preset = self.presets[recipe.preset]
         changed = {name: getattr(recipe, name) for name in TRAINING if getattr(recipe, name) != getattr(preset, name)}
         name = f"{recipe.title}-{recipe.loss}{recipe.strength}"
