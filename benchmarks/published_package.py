@@ -476,7 +476,7 @@ def figure(records: list[Record], path: Path) -> None:
         style = "-" if method == PUBLISHED else ":"
         axis.semilogy([r["step"] for r in chosen], [r["parameter_distance"] for r in chosen], style, label=label)
     axis.set_xlabel("step")
-    axis.set_ylabel("distance of parameters / distance moved")
+    axis.set_ylabel("distance / distance moved")
     fig.legend(loc="outside lower center", frameon=False, fontsize="small")
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -1,4 +1,4 @@
-"""Fills the README with the tables of all benchmarks, drawn from their JSON.
+"""Draws the tables of all benchmarks, which fill the README, and their plots, from the JSON alone.
 
 python -m benchmarks.report
 """
@@ -27,9 +27,8 @@ def section(name: str) -> str:
     module, one = importlib.import_module(f"benchmarks.{name}"), records[0]
     versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
     question, mark, rest = (module.__doc__ or "").splitlines()[0].partition("?")
-    parts = [f"### {question}{mark}", rest.strip(), module.markdown(records)]
-    if (RESULTS / f"{name}.png").exists():
-        parts.append(f"![{name}](results/{name}.png)")
+    module.figure(records, RESULTS / f"{name}.png")
+    parts = [f"### {question}{mark}", rest.strip(), module.markdown(records), f"![{name}](results/{name}.png)"]
     return "\n\n".join([*parts, f"`{one['command']}` on {one['hardware']}; {versions}."])
 
 

@@ -320,8 +320,8 @@ def figure(records: list[Record], path: Path) -> None:
         errors = [1e3 if r["relative_error"] is None else min(max(r["relative_error"], 1e-9), 1e2) for r in chosen]
         axis.semilogy([names.index(record["case"]) for record in chosen], errors, "ox"[i], ms=4, label=method)
     kinds = [record["kind"] for record in records if record["method"] == OURS]
-    starts = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-    axis.set_xticks(starts, [kinds[i] for i in starts], rotation=30, ha="right")
+    centres = {kind: np.mean([i for i, each in enumerate(kinds) if each == kind]) for kind in kinds}
+    axis.set_xticks(list(centres.values()), list(centres), rotation=30, ha="right")
     axis.set_yticks([1e-9, 1e-6, 1e-3, 1, 1e3], ["≤ 1e-9", "1e-6", "1e-3", "1", "not finite"])
     axis.set_ylabel("largest relative error of a weight")
     axis.legend(frameon=False)

@@ -165,8 +165,11 @@ def markdown(records: list[Record]) -> str:
 def figure(records: list[Record], path: Path) -> None:
     """Mean over the seeds, on log-log axes."""
     fig, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for marker, (method, (lengths, values)) in zip("osD^v", curves(records).items(), strict=True):
-        axis.loglog(lengths, values.mean(0), marker=marker, label=f"{method}: slope {slope(lengths, values)[0]:.2f}")
+    looks = zip(("o", "s", "D", "^", "v"), ("-", "--", "-", "-", "-"), strict=True)  # two lie on one another
+    for (marker, line), (method, (lengths, values)) in zip(looks, curves(records).items(), strict=True):
+        axis.loglog(
+            lengths, values.mean(0), marker=marker, ls=line, label=f"{method}: slope {slope(lengths, values)[0]:.2f}"
+        )
     first = next(iter(curves(records).values()))
     guide = first[1].mean(0)[0] * (first[0] / first[0][0]) ** -0.5
     axis.loglog(first[0], guide, color="black", ls=":", label="T^-1/2")

@@ -28,6 +28,15 @@ README = {  # the rows of its table
     ("cifar10-lt-100", "cb-ce"): "… class-balanced cross entropy",
     ("cifar10-lt-100", "deferred-balanced-softmax"): "… balanced softmax",
 }
+WORDS = {  # of the figure; what is missing is shown as it is called
+    "cifar10-lt-100": "CIFAR-10, long tail 100 : 1", "cifar10-lt-1": "CIFAR-10, balanced",
+    "cifar10-lt-1-sym0.2": "CIFAR-10, 20 % symmetric noise", "cifar10-lt-1-sym0.4": "CIFAR-10, 40 % symmetric noise",
+    "cifar10-lt-1-asym0.4": "CIFAR-10, 20 % asymmetric noise", "cifar10-lt-1-worse": "CIFAR-10N, 40 % human errors",
+    "xray64-10": "X-rays 10 : 1", "scenes-10": "scenes 10 : 1", "scenes-100": "scenes 100 : 1",
+    "imdb-10": "reviews 10 : 1", "adult": "Adult", "breast-cancer": "breast cancer", "digits": "digits, clean",
+    "ce": "CE", "ce, one stage": "CE, one stage", "cb-ce": "class-balanced CE", "cb-focal": "class-balanced focal",
+    "deferred-balanced-softmax": "balanced softmax",
+}  # fmt: skip
 
 
 def collect(examples: Path) -> Any:
@@ -53,7 +62,8 @@ def table(gains: Any) -> str:
         here = gains[(gains.dataset == dataset) & (gains.loss == loss)].set_index("method")
         found = {method: report.spread(pd.Series(row.gains), "+.2f") for method, row in here.iterrows()}
         cells = {style.name(method): found.get(method, "–") for method in FORMS}
-        seeds = max(len(row.gains) for _, row in here.iterrows())
+        seeds = sorted({len(row.gains) for _, row in here.iterrows()})
+        seeds = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
         rows.append({"CIFAR-10": words, "SGD, %": report.spread(here.sgd.iloc[0]), **cells, "seeds": seeds})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
@@ -67,7 +77,7 @@ def figure(gains: Any):
         for shift, (_, row) in enumerate(rows.iterrows(), 1):
             draw(axis, place - 0.5 + shift / (len(rows) + 1), row)
     axis.axvline(0, color="black", lw=0.8)
-    labels = [f"{dataset}, {loss}" for (_, dataset, loss), _ in settings]
+    labels = [f"{WORDS.get(dataset, dataset)}: {WORDS.get(loss, loss)}" for (_, dataset, loss), _ in settings]
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set_xlim(-WIDEST, WIDEST)
@@ -87,6 +97,9 @@ def draw(axis: Any, place: float, row: Any) -> None:
         axis.text(np.copysign(0.99 * WIDEST, mean), place, words, color=colour, fontsize=7, va="center", ha=side)
         return
     spread = row.gains.std(ddof=1) if len(row.gains) > 1 else 0
+    for side in (-1, 1):
+        if abs(mean + side * spread) > WIDEST:
+            axis.plot(side * WIDEST, place, "<>"[side > 0], ms=4, color=colour, clip_on=False)
     axis.errorbar(mean, place, xerr=spread, fmt=marker, ms=4, lw=1, color=colour)
 
 

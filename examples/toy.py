@@ -94,7 +94,7 @@ def figure(x, y, before, steps, path: Path) -> None:
     dots += [("#888888", weight, f"weight {weight}") for weight in (1, 5)]
     marks = [plt.scatter([], [], AREA * weight, colour, label=label) for colour, weight, label in dots]
     lines = [Line2D([], [], color="black", ls=ls, label=f"boundary {at}") for ls, at in STYLES]
-    moved = Patch(color=COLOURS[1], alpha=0.2, lw=0, label="went over to the minority")
+    moved = Patch(color=COLOURS[1], alpha=0.2, lw=0, label="now classified as minority")
     fig.legend(handles=[*marks, *lines, moved], loc="outside lower center", ncols=4, frameon=False)
     fig.savefig(path, dpi=120)
     plt.close(fig)

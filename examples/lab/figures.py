@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from examples.lab import style
 
+LOWEST = -15.0  # points of a gain; a network that is destroyed loses more, and would leave no room for the others
 # In the pictures of training and of classes.
 SHOWN = ("sgd", "absgd", "bounded-absgd", "within-class", "kl-radius", "trust", "focus")
 
@@ -52,8 +53,12 @@ def gains(picked: Any):
         return None
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.24 * len(families)), layout="constrained")
     for place, ((_, method), family) in enumerate(families):
-        axis.barh(place, family.gain.mean(), 0.7, color=style.colour(method), alpha=0.8)
+        mean = family.gain.mean()
+        axis.barh(place, mean, 0.7, color=style.colour(method), alpha=0.8)
         axis.plot(family.gain, np.full(len(family), place), ".", color="black", ms=4)
+        if mean < LOWEST:
+            axis.text(LOWEST, place, f" ◂ {mean:+.0f}", fontsize=7, va="center")
+    axis.set_xlim(left=max(axis.get_xlim()[0], LOWEST))
     labels = [f"{loss}: {label(method, family)}" for (loss, method), family in families]
     axis.set_yticks(range(len(families)), labels)
     axis.invert_yaxis()
@@ -90,9 +95,14 @@ def training(runs: Any):
         axis.set_title(loss, loc="left", fontsize=9)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        axis.legend(fontsize=7)
+        below(axis)
     axes[0, 0].set_ylabel("test accuracy, %")
     return figure
+
+
+def below(axis: Any) -> None:
+    """The legend where no line is."""
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.24))
 
 
 def second_stage(stages: list[dict[str, Any]]) -> int | None:
@@ -112,17 +122,19 @@ def classes(runs: Any):
     if runs.method.nunique() < 2 or len(set(runs.class_counts.iloc[0])) == 1 or len(runs.class_counts.iloc[0]) < 3:
         return None
     counts = np.array(runs.class_counts.iloc[0])
-    order = np.argsort(-counts, kind="stable")
+    long_tailed = counts.max() > 3 * counts.min()  # else counts differ by wrong labels alone
+    order = np.argsort(-counts, kind="stable") if long_tailed else np.arange(len(counts))
     figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
     for method, family in runs.groupby("method", sort=False):
         mean = np.nanmean(np.array(family.per_class.tolist(), float), axis=0)[order]
         marker = "." if len(order) <= 20 else None
         axis.plot(mean, marker=marker, **look(method, family))
-    if len(order) <= 20:
+    axis.set_xlabel("class, from frequent to rare" if long_tailed else "class")
+    if long_tailed and len(order) <= 20:
         axis.set_xticks(range(len(order)), [f"{count:,}" for count in counts[order]])
-    axis.set_xlabel("training images of the class" if len(order) <= 20 else "class, from frequent to rare")
+        axis.set_xlabel("training images of the class")
     axis.set_ylabel("test accuracy, %")
-    axis.legend()
+    below(axis)
     return figure
 
 
@@ -131,11 +143,15 @@ def strengths(frame: Any):
     runs = frame[frame.validation_accuracy.notna()]
     runs = runs.assign(variant=runs.method.str.removeprefix("bounded-"))
     families = runs[runs.variant.str.startswith("absgd")].groupby(["loss", "variant"], sort=True)
-    families = [(name, family) for name, family in families if family.temperature.nunique() > 2]
+    families = [
+        (name, family)
+        for name, family in families
+        if family.temperature.nunique() > 2 and family.validation_accuracy.nunique() > 1
+    ]
     if not families:
         return None
     figure, axes = plt.subplots(
-        1, len(families), figsize=(3.2 * len(families), 2.8), layout="constrained", squeeze=False, sharey=True
+        1, len(families), figsize=(3.2 * len(families), 2.8), layout="constrained", squeeze=False
     )
     for axis, ((loss, method), family) in zip(axes[0], families, strict=True):
         plain = runs[(runs.method == method.replace("absgd", "sgd")) & (runs.loss == loss)]
@@ -189,7 +205,7 @@ def wrong_labels(runs: Any):
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.set_ylabel("weight of wrong labels, %")
-    axis.legend(fontsize=7)
+    below(axis)
     return figure
 
 

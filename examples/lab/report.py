@@ -84,6 +84,8 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
     found = list(dict.fromkeys([*expected, *zip(runs.method, runs.loss, strict=True)]))
     for method, loss in found:
         family = runs[(runs.method == method) & (runs.loss == loss)]
+        if family.empty:
+            continue
         picked = choice.get((method, loss))
         shown = family[family.strength == picked] if isinstance(picked, str) else family.iloc[:0]
         number = paper.get(f"{method}/{loss}")
@@ -91,7 +93,7 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
             {
                 "method": style.name(method),
                 "loss": loss,
-                "strength": picked if len(shown) else "not run" if family.empty else "not chosen",
+                "hyper-parameters": picked if len(shown) else "not chosen",
                 "accuracy": spread(shown.accuracy),
                 "many / medium / few": " / ".join(_mean(shown[name]) for name in ("many", "medium", "few")),
                 "gain over SGD": "" if method == "sgd" else spread(shown.gain, "+.2f"),
@@ -103,6 +105,16 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
     return table if paper else table.drop(columns="paper")
 
 
+def not_run(frame: Frame, expected: Sequence[tuple[str, str]]) -> str:
+    """The methods and losses that have no row yet, in a sentence."""
+    runs, missing = tested(frame), {}
+    there = set(zip(runs.method, runs.loss, strict=True))
+    for method, loss in expected:
+        if (method, loss) not in there:
+            missing.setdefault(style.name(method), []).append(loss)
+    return "; ".join(f"{method} ({', '.join(losses)})" for method, losses in missing.items())
+
+
 def _mean(values: Frame) -> str:
     mean = values.astype(float).mean()
     return "–" if pd.isna(mean) else f"{mean:.1f}"
@@ -110,10 +122,13 @@ def _mean(values: Frame) -> str:
 
 def validation_table(frame: Frame) -> str:
     """Validation accuracies by which strengths were chosen."""
-    scores = frame.dropna(subset=["validation_accuracy"]).groupby([*FAMILY, "strength"], sort=False)
+    ordered = frame.dropna(subset=["validation_accuracy"]).sort_values([*FAMILY, *STRENGTH])
+    scores = ordered.groupby([*FAMILY, "strength"], sort=False)
     table = scores.validation_accuracy.agg(["mean", "size"]).round(2).reset_index()
+    table["method"] = table.method.map(style.name)
     several = table.groupby(FAMILY).strength.transform("size") > 1
-    return table[several].rename(columns={"mean": "validation accuracy", "size": "seeds"}).to_markdown(index=False)
+    names = {"strength": "hyper-parameters", "mean": "validation accuracy", "size": "seeds"}
+    return table[several].rename(columns=names).to_markdown(index=False)
 
 
 def made_with(frame: Frame) -> str:
@@ -132,6 +147,8 @@ def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> 
         pairs, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else len(order), pair[0])
     )
     parts = [rows(frame, experiment.paper.get(dataset, {}), expected).to_markdown(index=False)]
+    if missing := not_run(frame, expected):
+        parts.append(f"Not run: {missing}.")
     if frame.validation_accuracy.notna().any():
         parts.append(f"<details>\n<summary>Validation accuracy</summary>\n\n{validation_table(frame)}\n\n</details>")
     return "\n\n".join([*parts, made_with(frame)])
@@ -140,8 +157,8 @@ def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> 
 LEGEND = """\
 Accuracy: on the test set after the last epoch, in %, mean ± standard deviation over the seeds. Many, medium, few:
 mean accuracy of the classes of over 100, of 20 to 100 and of less than 20 training images. Gain: over SGD with the
-same loss, seed by seed. Strength: λ, the KL radius ρ, the fraction, the bound c or a method's own number p, chosen by
-accuracy on a validation split in runs that are not shown."""
+same loss, seed by seed. Hyper-parameters: λ, the KL radius ρ, the fraction, the bound c or a method's own number
+p, chosen by accuracy on a validation split (see "Validation accuracy" below a table) or fixed in advance."""
 
 
 def legend(experiment: Experiment) -> str:

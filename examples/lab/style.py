@@ -23,6 +23,9 @@ FORMS = {"-fc": "classifier only", "-one-stage": "one stage", "-no-momentum": "w
 
 def name(method: str) -> str:
     """Of a method as people know it, by its name in records."""
+    plain, changed, factor = method.partition("-rate")
+    if changed:
+        return f"{name(plain)}, rate × {factor}"
     for suffix, words in FORMS.items():
         if method.endswith(suffix):
             return f"{name(method.removesuffix(suffix))}, {words}"
