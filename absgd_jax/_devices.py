@@ -12,13 +12,15 @@ from absgd_jax._merge import AxisName
 
 def varying(x) -> frozenset:
     """The axes over which the type of ``x`` says that it varies."""
-    kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # up to JAX 0.10, and after
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    if hasattr(kind, "vma"):  # up to JAX 0.10
+        return kind.vma or frozenset()
+    return kind.manual_axis_type.varying if kind.manual_axis_type is not None else frozenset()
 
 
 def split(axis_name: AxisName | None) -> tuple[frozenset, tuple]:
     """The axes over which types tell what varies, and the others."""
-    names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     typed = frozenset(name for name in names if name in varying(jax.lax.axis_index(name)))
     return typed, tuple(name for name in names if name not in typed)
 

@@ -88,6 +88,8 @@ def merge_risks(
     risks, temperature, weights = reduction_inputs(risks, temperature, weights, None)
     parts = Part(risks, weights, jnp.zeros_like(risks))
     if axis_name is None:
+        if risks.ndim == 0:
+            raise ValueError("risks has shape (): give the parts' risks, shape (K,), or the axis_name of the devices.")
         whole, between = merge_parts(parts, temperature)
         return whole.risk, between.shares
     whole, share, _ = merge_devices(parts, temperature, axis_name)

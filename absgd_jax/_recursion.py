@@ -46,6 +46,8 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
         check_temperature(temperature)
     if not _follows_training(gamma):
         check_gamma(gamma)
+    elif isinstance(gamma, Rule) and gamma.radius is not None:
+        raise TypeError("gamma is a rule that aims at a radius: give it as temperature=.")
     check_max_weight(max_weight)
 
     def with_temperature(state, lam):
@@ -84,7 +86,7 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
         # g̃/s by the batch's share where γ can divide it, else (γ = 0 leaves the past as it is) by its definition.
         mass = jnp.where(merged.weight > 0, merged.weight, 1)
         divisible = new > 1e-6
-        exponent = (value - merged.risk) / jnp.where((lam == 0) | divisible, 1, lam)
+        exponent = jnp.where(divisible, 0, value - merged.risk) / jnp.where((lam == 0) | divisible, 1, lam)
         factor = jnp.where(divisible, merged.shares[1] / jnp.where(divisible, new, 1), jnp.exp(exponent) / mass)
         factor = jnp.minimum(factor, jnp.finfo(dtype).max)
         if bias_correction:

@@ -37,10 +37,10 @@ def _reduce_jvp(axis, axis_name, primals, tangents):
     # ∂R/∂w_i = λ (p̂_i/ŵ_i - 1) / Σ w, whose limit at λ = ∞ is (L_i - R) / Σ w.
     plain = is_infinite(temperature)
     slopes = jnp.where(plain, 1, temperature) * jnp.expm1(batch.log_ratios + along(log_ratio))
-    slopes = jnp.where(plain, losses - along(part.risk), slopes)
+    slopes = jnp.where(plain, clip_losses(losses, temperature, threshold) - along(part.risk), slopes)
     slopes = jnp.where(weights > 0, slopes, 0) / jnp.where(along(part.weight) > 0, along(part.weight), 1)
     d_risk = jnp.sum(along(share) * batch.shares * d_losses + slopes * d_weights, axis)
-    d_risk = d_risk - share * (batch.kl + log_ratio) * d_temperature
+    d_risk = d_risk - share * (batch.kl + jnp.where(share == 0, 0, log_ratio)) * d_temperature
     if axis_name is not None:
         d_risk = jax.lax.psum(d_risk, axis_name)
     return part, Part(d_risk, jnp.zeros_like(part.weight), jnp.zeros_like(part.kl))

@@ -54,7 +54,7 @@ def evaluate(name: str, value: Temperature | Gamma, state: ScaleByAbsgdState, kl
         value = value.at(state, kl)
     elif callable(value):
         value = value(state.count)
-    for number in value if isinstance(value, tuple) else (value,):
+    for number in value if isinstance(value, tuple) and name == "gamma" else (value,):
         check_scalar(name, number, "Use jax.vmap for several values.")
     return value
 

@@ -1,11 +1,13 @@
 """The state of the method: four numbers of the recursion, and the bound on the weights."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from absgd_jax._tilt import is_infinite
+from absgd_jax._validate import concrete
 
 
 class ScaleByAbsgdState(NamedTuple):
@@ -44,4 +46,6 @@ def threshold(risk: jax.Array, temperature: jax.Array, max_weight: jax.Array) ->
 def keep_finite(value, dtype) -> jax.Array:
     """``value`` as an array of its own (the caller may donate the other) in which ±∞ is the largest finite number."""
     largest = jnp.finfo(dtype).max
+    if (number := concrete(value)) is not None and abs(number) > largest:
+        value = math.copysign(float(largest), number)  # before it is an array, so that none is ever infinite
     return jnp.clip(jnp.array(value, dtype), -largest, largest)

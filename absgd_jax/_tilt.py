@@ -50,8 +50,9 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
     at_zero, at_infinity = temperature == 0, is_infinite(temperature)
     wide = (top - bottom < jnp.abs(temperature)) | at_infinity
     anchor = jnp.where(wide, total(weights * values) / weight, extreme)
-    # The shares do not depend on the anchor, so it needs no derivative.
-    anchor = jax.lax.stop_gradient(jnp.where(empty, 0, anchor))
+    anchor = jnp.where(empty, 0, anchor)
+    # Where λ is 0 or ∞ the anchor is the risk; elsewhere it cancels and needs no derivative.
+    anchor = jnp.where(at_infinity | at_zero, anchor, jax.lax.stop_gradient(anchor))
 
     gaps = jnp.where(present, values - anchor, 0)
     scale = jnp.where(at_infinity, 1, temperature)
@@ -71,7 +72,7 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
     risk = jnp.where(empty, jnp.asarray(-0.0, values.dtype), jnp.where(risk == 0, 0, risk))
 
     log_ratios = jnp.where(present, exponents - log_mean, 0)
-    kl = total(jnp.where(shares > 0, shares * log_ratios, 0))
+    kl = total(shares * jnp.where(shares > 0, log_ratios, 0))
     return Tilt(
         risk=jnp.squeeze(risk, axis),
         shares=shares,

@@ -1,5 +1,7 @@
 """The gradient-level API: ABSGD as an Optax gradient transformation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -117,14 +119,17 @@ def scale_by_absgd(
         if kl is not None:
             check_scalar("kl", kl, "Pass the KL of the whole batch, as absgd_jax.value_and_grad returns it.")
         factor, state = rec.step(value, kl, state)
-        return jax.tree.map(lambda g: (factor * g.astype(_at_least_half(g.dtype))).astype(g.dtype), updates), state
+        return jax.tree.map(partial(_scale, factor), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _at_least_half(dtype):
-    """8-bit floats do not multiply with others: they are made float32."""
-    return wide(dtype) if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16 else dtype
+def _scale(factor: jax.Array, grad: jax.Array) -> jax.Array:
+    """The product, in the dtype of the gradient."""
+    grad = jnp.asarray(grad)
+    narrow = jnp.issubdtype(grad.dtype, jnp.floating) and jnp.finfo(grad.dtype).bits < 16  # has no product with others
+    with jax.numpy_dtype_promotion("standard"):
+        return (factor * grad.astype(wide(grad.dtype) if narrow else grad.dtype)).astype(grad.dtype)
 
 
 def _state_dtype(params: optax.Params) -> jnp.dtype:

@@ -93,11 +93,14 @@ def check_scalar(name: str, value: Any, hint: str) -> None:
         raise ValueError(f"{name} has shape {tuple(shape)}, a scalar is needed. {hint}")
 
 
-def check_not_negative(name: str, values: Any) -> None:
-    """Raises ValueError if any of Python's or NumPy's numbers is negative, infinite or NaN."""
+def check_not_negative(name: str, values: Any) -> bool:
+    """Raises ValueError if any of Python's or NumPy's numbers is negative, infinite or NaN; whether they are such."""
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)):
-        return
+        return False
     numbers = np.asarray(values)
+    if numbers.dtype.kind not in "biuf":
+        raise TypeError(f"{name} has dtype {numbers.dtype}: give real numbers.")
     bad = numbers[~((numbers >= 0) & (numbers < np.inf))]
     if bad.size:
         raise ValueError(f"{name} contains {bad[0]}: give finite numbers that are not negative.")
+    return True

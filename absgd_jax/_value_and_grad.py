@@ -168,6 +168,7 @@ def _slices(batch, kwargs, k: int):
     (B, ...) is reshaped to (B/k, k, ...), of which slice i is [:, i]: a sharding of the first axis divides it evenly.
     """
     args, *options = batch
+    options = [x if x is None else jnp.atleast_1d(jnp.asarray(x)) for x in options]
     examples = _count_examples(args, k)
     # A mask or weight that all examples share is made as long as the examples before it is cut.
     options = [x if x is None or jnp.shape(x)[:1] != (1,) else jnp.repeat(x, examples, axis=0) for x in options]
@@ -193,9 +194,15 @@ def _merge_slices(part_at, k: int, temperature):
         return (merged, total), aux
 
     part, grads, _ = jax.eval_shape(part_at, 0)  # with types, so that the sums are sharded and vary as the parts do
-    nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide(x.dtype)), (part, grads))
+    nothing = jax.tree.map(_nothing_like, (part, grads))
     (part, grads), aux = jax.lax.scan(body, nothing, jnp.arange(k))
     return part, grads, aux
+
+
+def _nothing_like(x: jax.ShapeDtypeStruct) -> jax.Array:
+    if x.sharding is not None:
+        return jnp.zeros_like(x, dtype=wide(x.dtype))
+    return _devices.make_varying(jnp.zeros(x.shape, wide(x.dtype)), _devices.varying(x))
 
 
 def _leave(accumulator, aux, examples: int):
@@ -249,7 +256,7 @@ def _find_temperature(state: optax.OptState | None, temperature: ArrayLike | Non
         return jnp.asarray(temperature, jnp.result_type(float)), None
 
     def injects(node):
-        return "temperature" in getattr(node, "hyperparams", ())
+        return not {"temperature", "max_weight"}.isdisjoint(getattr(node, "hyperparams", ()))
 
     def is_leaf(node):
         return isinstance(node, ScaleByAbsgdState) or injects(node)

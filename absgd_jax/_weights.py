@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from absgd_jax._tilt import wide
+from absgd_jax._tilt import is_infinite, wide
 from absgd_jax._validate import check_max_weight, check_temperature
 
 
@@ -42,9 +42,11 @@ def attention_weights(
     check_max_weight(max_weight)
     losses = jnp.asarray(losses)
     losses = losses.astype(wide(losses.dtype))
-    weights = jnp.exp((losses - risk) / temperature)
-    largest = 0.5 / jnp.finfo(weights.dtype).tiny  # which still has a reciprocal, to be divided by
-    return jnp.minimum(weights, jnp.minimum(max_weight, largest))
+    exponents = (losses - risk) / temperature
+    exponents = jnp.where(is_infinite(jnp.asarray(temperature, exponents.dtype)), 0, exponents)
+    largest = 0.5 / jnp.finfo(exponents.dtype).tiny  # which still has a reciprocal, to be divided by
+    largest = jnp.minimum(max_weight, largest)
+    return jnp.minimum(jnp.exp(jnp.minimum(exponents, jnp.log(largest))), largest)
 
 
 def effective_sample_size(weights: ArrayLike, *, axis: int | tuple[int, ...] | None = None) -> jax.Array:

@@ -19,7 +19,7 @@ which is rounding). Leave it out with ``where``; its gradient is then 0, whateve
 **Classes that do not occur**, whose count is 0, have the weight 0, no say in the margins of the others, and no place in
 a softmax that knows the counts, where the loss of such a label is inf. Counts need not be integers.
 
-**Precision.** Losses are computed and returned in float32, those of float64 logits in float64.
+Losses are computed and returned in float32, those of float64 logits in float64.
 """
 
 from collections.abc import Callable
@@ -135,7 +135,7 @@ def ldam(
     s = _scalar("scale", scale, logits.dtype, _validate.check_positive)
     rarest = jnp.min(jnp.where(counts > 0, counts, jnp.inf))
     margins = m * (jnp.maximum(counts, rarest) / rarest) ** -a
-    return _softmax_loss(s * (logits - jnp.where(labels, margins, 0)), labels)
+    return _softmax_loss(s * (logits - jnp.where(labels, jnp.broadcast_to(margins, labels.shape), 0)), labels)
 
 
 def balanced_softmax(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike) -> jax.Array:
@@ -196,7 +196,7 @@ def logit_adjustment(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLi
     """
     logits, labels = _operands(logits, labels)
     counts = _counts(class_counts, logits, logits.shape[-1:])
-    return _softmax_loss(logits + _adjustment(counts, tau), labels)
+    return _softmax_loss(logits + jnp.broadcast_to(_adjustment(counts, tau), logits.shape), labels)
 
 
 def sigmoid_logit_adjustment(
@@ -228,9 +228,8 @@ def sigmoid_logit_adjustment(
     References:
       Menon et al., `Long-tail learning via logit adjustment <https://arxiv.org/abs/2007.07314>`_, 2021.
     """
-    counts = _counts(class_counts, logits, (*jnp.shape(logits)[-1:], 2), (2,))
-    negative, positive = jnp.moveaxis(_adjustment(counts, tau), -1, 0)
-    return _sigmoid_loss(logits, labels, positive - negative)
+    adjustment = _adjustment(_counts(class_counts, logits, (*jnp.shape(logits)[-1:], 2), (2,)), tau)
+    return _sigmoid_loss(logits, labels, adjustment[..., 1] - adjustment[..., 0])
 
 
 def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
@@ -261,9 +260,9 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     References:
       Cui et al., `Class-Balanced Loss Based on Effective Number of Samples <https://arxiv.org/abs/1901.05555>`_, 2019.
     """
-    _validate.check_scalar("beta", beta, "Use jax.vmap for several values.")
-    if (number := _validate.concrete(beta)) is not None and not 0 <= number < 1:
-        raise ValueError(f"beta={beta!r}: it must be at least 0 and less than 1; 0.9999 is usual.")
+    _validate.check_finite("beta", beta, at_least=0)
+    if (_validate.concrete(beta) or 0) >= 1:
+        raise ValueError(f"beta={beta!r}: it must be less than 1; 0.9999 is usual.")
     counts = _counts(class_counts)
     if counts.ndim == 0:
         raise ValueError("class_counts has shape (): give one count per class, shape (..., C).")
@@ -299,8 +298,7 @@ def deferred_reweighting(class_weights: ArrayLike, start: int) -> Callable[[Arra
       Cao et al., `Learning Imbalanced Datasets with LDAM <https://arxiv.org/abs/1906.07413>`_, 2019.
     """
     _validate.check_finite("start", start, at_least=0)
-    class_weights = jnp.asarray(class_weights)
-    return lambda step: jnp.where(jnp.asarray(step) < start, jnp.ones_like(class_weights), class_weights)
+    return lambda step: jnp.where(jnp.asarray(step) < start, 1, jnp.asarray(class_weights))
 
 
 def _adjustment(counts: jax.Array, tau: ArrayLike) -> jax.Array:
@@ -316,7 +314,7 @@ def _softmax_loss(logits: jax.Array, labels: jax.Array, focusing: ArrayLike | No
     exists = jnp.any(labels, -1) if hard else (jnp.min(labels, -1) > -0.01) & (jnp.abs(jnp.sum(labels, -1) - 1) < 0.01)
     logits, labels = (jnp.where(exists[..., None], x, jnp.zeros_like(x)) for x in (logits, labels))
     # Where p may be near 1, of the label or the largest logit, 1 - p has to be the sum of the others.
-    alone = labels if hard else jnp.arange(logits.shape[-1]) == jnp.argmax(logits, -1, keepdims=True)
+    alone = labels if hard else _mark(jnp.argmax(logits, -1), logits.shape[-1])
     others = jnp.where(alone, lowest, logits)  # not -inf: with no others at all the gradient would be 0/0
     odds = jax.nn.logsumexp(others, -1, keepdims=True) - jnp.sum(logits, -1, keepdims=True, where=alone)
     surprise, log_miss = jax.nn.softplus(odds), -jax.nn.softplus(-odds)  # -log p and log(1 - p)
@@ -337,7 +335,8 @@ def _sigmoid_loss(logits: ArrayLike, labels: ArrayLike, shift: ArrayLike = 0.0, 
         )
     logits, labels = (x.astype(_tilt.wide(logits.dtype)) for x in (logits, labels))
     exists = jnp.abs(labels - 0.5) < 0.51
-    logits, labels = (jnp.where(exists, x, 0) for x in (logits + shift, labels))
+    logits = jnp.where(exists, logits + jnp.broadcast_to(shift, logits.shape), 0)
+    labels = jnp.where(exists, labels, 0)
     of_one, of_zero = jax.nn.softplus(-logits), jax.nn.softplus(logits)
     loss = _share(labels, of_one, -of_zero, focusing) + _share(1 - labels, of_zero, -of_one, focusing)
     return jnp.where(exists, loss, jnp.nan)
@@ -371,13 +370,19 @@ def _operands(logits: ArrayLike, labels: ArrayLike, *, soft: bool = True) -> tup
     logits = logits.astype(_tilt.wide(logits.dtype))
     # Relative to the largest, so that large logits do not take the digits of priors and logarithms added to them.
     logits = logits - jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-    return logits, labels[..., None] == jnp.arange(logits.shape[-1]) if whole else labels.astype(logits.dtype)
+    return logits, _mark(labels, logits.shape[-1]) if whole else labels.astype(logits.dtype)
+
+
+def _mark(labels: jax.Array, classes: int) -> jax.Array:
+    """True at the label, shape (..., C), where any integers can be compared and shapes are equal."""
+    each = jax.lax.broadcasted_iota(jnp.int32, (*labels.shape, classes), labels.ndim)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.expand_dims(labels, -1) == each
 
 
 def _counts(class_counts: ArrayLike, logits: ArrayLike = 0.0, *shapes: tuple[int, ...]) -> jax.Array:
     """Counts in the dtype of the loss; ValueError if Python's or NumPy's are none, or none of the shapes is theirs."""
-    _validate.check_not_negative("class_counts", class_counts)
-    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(class_counts)) and not np.any(class_counts):
+    if _validate.check_not_negative("class_counts", class_counts) and not np.any(class_counts):
         raise ValueError(f"class_counts={class_counts!r}: no class occurs. Count the labels of the training data.")
     counts = jnp.asarray(class_counts, _tilt.wide(jnp.result_type(logits)))
     if shapes and counts.shape not in shapes:

@@ -116,6 +116,7 @@ def test_bad_numbers_are_quoted_at_construction(make, arguments, message):
         (lambda: absgd_jax.entropic_risk(LOSSES_OF_THREE, 1.0, weights=np.array([1.0, -2.0, 1.0])), "contains -2.0"),
         (lambda: absgd_jax.entropic_risk(LOSSES_OF_THREE, 1.0, weights=[1.0, float("nan"), 1.0]), "contains nan"),
         (lambda: absgd_jax.merge_risks(LOSSES_OF_THREE, 1.0, weights=np.array([1.0, 2.0, np.inf])), "contains inf"),
+        (lambda: absgd_jax.merge_risks(1.0, 1.0), r"risks has shape \(\).*axis_name"),
     ],
 )
 def test_bad_numbers_of_the_rest_are_quoted(call, message):
@@ -153,6 +154,13 @@ def test_what_is_no_number_is_quoted(name, bad):
 def test_none_is_no_number_unless_it_is_the_default(name):
     with pytest.raises(TypeError, match=f"{name}=None is a NoneType"):
         NUMBERS[name](None)
+
+
+def test_a_rule_for_the_one_is_none_for_the_other():
+    with pytest.raises(TypeError, match="temperature="):
+        absgd_jax.scale_by_absgd(absgd_jax.adaptive_gamma(-1.0)).init(jnp.zeros(2))
+    with pytest.raises(TypeError, match="give it as temperature="):
+        absgd_jax.scale_by_absgd(1.0, gamma=absgd_jax.trust_fraction(0.5))
 
 
 def test_what_a_rule_or_a_schedule_returns_has_to_be_a_number():

@@ -307,3 +307,33 @@ def test_gradients_of_half_precision_parameters_are_accumulated_in_float32():
 def test_bad_calls_are_refused(options, call, error, message):
     with pytest.raises(error, match=message):
         call(absgd_jax.value_and_grad(per_example_loss, **options))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_shard_map_over_some_axes_leaves_the_others_to_the_compiler(k):
+    state = absgd_jax.absgd(0.01, 2.0).init(PARAMS)
+    alone = absgd_jax.value_and_grad(per_example_loss)(PARAMS, X[0], Y[0], state=state)
+    f = absgd_jax.value_and_grad(per_example_loss, axis_name="rows", num_microbatches=k)
+    over = jax.shard_map(
+        lambda w, x, y: f(w, x, y, state=state), mesh=GRID, in_specs=(P(), P("rows"), P("rows")), out_specs=P(),
+        axis_names={"rows"},
+    )  # fmt: skip
+    assert_same(jax.jit(over)(PARAMS, X[0], Y[0]), alone)
+
+
+def test_a_list_of_weights_and_of_axes_is_one():
+    listed = {"weights": [1.0, 2.0] * (BATCH // 2), "where": [True] * BATCH}
+    arrays = {name: np.array(values) for name, values in listed.items()}
+    found = [
+        absgd_jax.value_and_grad(per_example_loss, num_microbatches=k)(PARAMS, X[0], Y[0], temperature=1.0, **options)
+        for k in (1, 2)
+        for options in (listed, arrays)
+    ]
+    for other in found[1:]:
+        assert_same(other, found[0])
+    parts = X[0].reshape(DEVICES, -1, 5), Y[0].reshape(DEVICES, -1)
+    for axes in ("d", ["d"]):
+        f = absgd_jax.value_and_grad(per_example_loss, axis_name=axes)
+        run = jax.vmap(lambda x, y, f=f: f(PARAMS, x, y, temperature=1.0), axis_name="d")
+        risk, _ = run(*parts)
+        np.testing.assert_allclose(risk, absgd_jax.entropic_risk(per_example_loss(PARAMS, X[0], Y[0]), 1.0), rtol=1e-6)

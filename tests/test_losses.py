@@ -534,3 +534,26 @@ def test_no_class_at_all_is_refused(name):
 def test_bad_numbers_are_quoted(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.uint32])
+@pytest.mark.parametrize("name", LOSSES)
+def test_labels_of_any_integers_without_implicit_promotion(name, dtype):
+    expected = LOSSES[name](LOGITS, LABELS)
+    logits, labels = jnp.asarray(LOGITS), jnp.asarray(LABELS, dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(LOSSES[name](logits, labels), expected)
+
+
+def test_soft_and_sigmoid_losses_without_implicit_promotion():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for loss in SOFTMAX.values():
+            loss(jnp.asarray(LOGITS), jnp.asarray(SOFT))
+        for loss in SIGMOID.values():
+            loss(jnp.asarray(LOGITS), jnp.asarray(SOFT > 0.5))
+
+
+def test_a_class_beyond_the_labels_dtype_is_not_taken_for_another():
+    logits = jnp.zeros(300).at[44].set(5.0).at[43].set(4.0)
+    found = losses.focal(logits, jnp.uint8(44), focusing=0.0)
+    np.testing.assert_allclose(found, optax.softmax_cross_entropy_with_integer_labels(logits, 44), rtol=1e-5)

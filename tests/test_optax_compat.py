@@ -621,3 +621,44 @@ def test_both_apis_take_the_same_path(temperature, gamma, bias_correction):
             (_, state, _), path = jax.jit(partial(jax.lax.scan, step))((params, init, sgd.init(params)), batches)
             ends.append((path, state))
     assert_trees(assert_allclose, *ends, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("temperature", "value"), [(-1.0, 200.0), (1000.0, 3000.0)])
+def test_the_factor_of_a_far_risk_has_a_derivative(temperature, value):
+    optimizer = scale_by_absgd(temperature)
+    state = optimizer.init(zeros())._replace(risk=jnp.float32(10), mass=jnp.float32(1))
+    slope = jax.grad(lambda v: optimizer.update(jnp.float32(1), state, value=v)[0])
+    h = 1e-3 * value
+    numeric = (optimizer.update(1.0, state, value=value + h)[0] - optimizer.update(1.0, state, value=value - h)[0]) / (
+        2 * h
+    )
+    assert_allclose(slope(jnp.float32(value)), numeric, rtol=2e-2, atol=1e-7)
+
+
+def test_a_bound_that_alone_is_injected_holds_at_once():
+    optimizer = optax.inject_hyperparams(absgd)(0.01, temperature=kl_radius(0.3), max_weight=5.0)
+    state = optimizer.init(zeros())
+    for t in range(3):
+        (risk, kl), grads = risk_and_grad(zeros(), *regression(t), state=state)
+        _, state = optimizer.update(grads, state, zeros(), value=risk, kl=kl)
+    state.hyperparams["max_weight"] = jnp.float32(1.2)
+    inner = state.inner_state[0]._replace(max_weight=jnp.float32(1.2))
+    batch = regression(9)
+    expected = entropic_risk(losses_of(zeros(), *batch), inner.temperature, threshold=inner.threshold)
+    assert_allclose(risk_and_grad(zeros(), *batch, state=state)[0][0], expected, rtol=1e-6)
+    assert expected < 0.99 * entropic_risk(losses_of(zeros(), *batch), inner.temperature)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64])
+def test_updates_need_no_implicit_promotion(dtype):
+    optimizer, grads = scale_by_absgd(1.0), {"w": jnp.ones(3, dtype)}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        updates, _ = optimizer.update(grads, optimizer.init(grads), value=1.0)
+    assert updates["w"].dtype == dtype
+    assert_allclose(updates["w"].real, 1 / 0.9, rtol=1e-2)
+
+
+def test_a_state_is_made_without_an_infinity():
+    with jax.debug_infs(True):
+        for temperature in (1.0, INF, -INF):
+            absgd(0.1, temperature).init(zeros())

@@ -221,3 +221,49 @@ def test_nan_temperature_is_refused(function):
 def test_a_temperature_for_each_example_is_refused():
     with pytest.raises(ValueError, match=r"temperature has shape \(3,\).*vmap"):
         entropic_risk(jnp.ones(3), jnp.ones(3))
+
+
+@pytest.mark.parametrize(("temperature", "plain"), [(INF, jnp.mean), (-INF, jnp.mean), (0.0, jnp.max)])
+def test_a_risk_taken_beside_its_gradient_is_still_differentiable(temperature, plain):
+    """As in a gradient penalty: the risk is then a result of the derivative's own rule."""
+    start = jnp.float32([0.3, 1.0, -0.7])
+
+    def penalised(risk):
+        def objective(x):
+            value, grads = jax.value_and_grad(risk)(x)
+            return value + 0.1 * jnp.sum(grads**2)
+
+        return objective
+
+    ours = jax.grad(penalised(lambda x: entropic_risk(x**2, temperature)))(start)
+    np.testing.assert_allclose(ours, jax.grad(penalised(lambda x: plain(x**2)))(start), rtol=1e-6)
+    merged = jax.grad(lambda x: merge_risks(x**2, temperature)[0])(start)
+    np.testing.assert_allclose(merged, jax.grad(lambda x: plain(x**2))(start), rtol=1e-6)
+
+
+def test_mixed_second_derivative_at_an_infinite_temperature():
+    losses, weights = jnp.float32([0, 1, 4]), jnp.float32([1, 2, 3])
+    found = jax.jacobian(jax.grad(lambda w, x: entropic_risk(x, INF, weights=w)), 1)(weights, losses)
+    share = weights / weights.sum()  # of R = Σ w L / Σ w
+    np.testing.assert_allclose(found, (np.eye(3) - share[None]) / weights.sum(), atol=1e-6)
+
+
+def test_slope_of_the_weights_with_a_threshold_is_continuous_at_infinity():
+    losses, weights = jnp.float32([0, 1, 4]), jnp.float32([1, 2, 3])
+    at = lambda lam: jax.grad(lambda w: entropic_risk(losses, lam, weights=w, threshold=1.0))(weights)  # noqa: E731
+    np.testing.assert_allclose(at(INF), at(1e6), rtol=1e-4)
+
+
+def test_at_zero_devices_without_the_largest_loss_have_no_say():
+    risk = jax.vmap(lambda x, lam: entropic_risk(x, lam, axis_name="d"), (0, None), axis_name="d")
+    losses = jnp.arange(6.0).reshape(3, 2)
+    value, slope = jax.jvp(risk, (losses, jnp.float32(0)), (losses, jnp.float32(0)))
+    np.testing.assert_array_equal(value, [5, 5, 5])
+    np.testing.assert_array_equal(slope, [5, 5, 5])
+
+
+def test_weights_of_far_losses_have_a_derivative():
+    bounded = lambda x: attention_weights(x, 0.0, 1.0, max_weight=3.0)  # noqa: E731
+    slopes = jax.jacobian(bounded)(jnp.float32([200, 1, -200]))
+    np.testing.assert_allclose(slopes, np.diag([0, np.e, 0]), rtol=1e-6)
+    np.testing.assert_array_equal(attention_weights([INF, 1.0], 1.0, INF), [1, 1])
