@@ -23,7 +23,7 @@ class Tilt(NamedTuple):
 
 
 def is_infinite(temperature: jax.Array) -> jax.Array:
-    """Whether λ is ±∞. States keep ±∞ as the largest finite number, so that ``jax_debug_infs`` can stay on."""
+    """Whether λ is ±∞. States keep ±∞ as the largest finite number, so that checks for infinities pass."""
     return jnp.abs(temperature) >= jnp.finfo(temperature.dtype).max
 
 

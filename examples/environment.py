@@ -18,7 +18,8 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     model = names[0].split(":", 1)[1].strip() if names else platform.machine()
-    return f"{os.cpu_count()} CPU cores ({model})"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that it may use
+    return f"{cores} CPU core{'s' * (cores != 1)} ({model})"
 
 
 def versions() -> dict[str, str]:

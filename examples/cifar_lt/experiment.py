@@ -7,19 +7,21 @@ python -m examples.cifar_lt sweep --preset fast --tables 1 --datasets cifar10-lt
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from examples.cifar_lt.task import Cifar
 from examples.lab.config import Run
 from examples.lab.experiment import TUNING_VALIDATION, Experiment, absgd
 from examples.lab.losses import NEEDS_COSINES
-from examples.lab.recipe import Recipe
+from examples.lab.recipe import OF_CROSS_ENTROPY, Recipe
 from examples.lab.schedule import Line, two_stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CifarRecipe(Recipe):
     """Trains a network on an imbalanced subset of CIFAR, or on wrong labels."""
+
+    COSINES: ClassVar[bool] = True
 
     dataset: str = "cifar10-lt-100"
     """cifar10 or cifar100, long tail (lt) or step (st), imbalance ratio; for wrong labels see the README."""
@@ -68,7 +70,7 @@ class CifarRecipe(Recipe):
                 self.test_per_class is None or 1 <= self.test_per_class <= 1000
             ),
             f"--mixup gives an example two classes, and --method {self.method} needs one": not (
-                self.mixup and self.method == "within-class"
+                self.mixup and self.method in ("within-class", "elr", *OF_CROSS_ENTROPY)
             ),
             "--classifier replaces a linear classifier, and LDAM's is none": self.classifier is None
             or self.losses[1] not in NEEDS_COSINES,

@@ -4,6 +4,7 @@ Classes as in the paper: 0 other findings, 1 no finding, 2 pneumonia, 3 COVID-19
 """
 
 import dataclasses
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ def read_npz(path: Path) -> Xrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = Xrays(file["image"], file["label"].astype(np.int32), file["patient"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} does not hold X-rays ({error}): it needs image, label and patient.") from None
     if found.images.ndim != 3 or len({len(part) for part in found}) > 1 or not set(found.labels) <= set(range(4)):
         raise UserError(f"{path} does not hold grey images and as many labels from 0 to 3.")
@@ -99,7 +100,7 @@ def _grey(path: Path, size: int) -> np.ndarray:
 
 
 def split_by_patient(xrays: Xrays, test_per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of a test set with equally many images of each class, and of the images of all other patients.
+    """Indices of a test or validation set with equally many images of each class, and of all other patients' images.
 
     Patients are drawn until each class has enough images, those of the rarest class first; what they have too many is
     left out of both.
@@ -113,6 +114,8 @@ def split_by_patient(xrays: Xrays, test_per_class: int, seed: int) -> tuple[np.n
             tested.add(patient)
         there = np.flatnonzero(own & np.isin(xrays.patients, list(tested)))
         if len(there) < test_per_class:
-            raise UserError(f"{CLASSES[label]}: {len(there)} images are fewer than the {test_per_class} of the test.")
+            raise UserError(
+                f"{CLASSES[label]}: {len(there)} images are fewer than the {test_per_class} that are asked for."
+            )
         test.append(rng.permutation(there)[:test_per_class])
     return np.concatenate(test), np.flatnonzero(~np.isin(xrays.patients, list(tested)))

@@ -1,6 +1,7 @@
 """X-rays as what a pretrained ResNet-50 makes of them before its last stage, which is trained."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -40,9 +41,12 @@ class CovidLt(Task):
         xrays = covid_lt(data_dir, self.size) if source == "covid-lt" else read_npz(data_dir / "xray64.npz")
         weights = read_keras(data_dir / WEIGHTS)
         test, rest = split_by_patient(xrays, self.test_per_class, self.subset_seed)
-        share = np.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes)).astype(int)
-        kept = rest[subset(xrays.labels[rest], np.full(self.classes, share.min()), self.subset_seed)]
-        rest = np.setdiff1d(rest, kept) if self.validation else rest
+        kept = rest[:0]
+        if self.validation:
+            share = math.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes).min())
+            those = xrays._replace(labels=xrays.labels[rest], patients=xrays.patients[rest])
+            kept, others = (rest[places] for places in split_by_patient(those, share, self.subset_seed))
+            rest = others
         there = np.bincount(xrays.labels[rest], minlength=self.classes)
         # The largest class is as large as the others allow.
         n_max = int(min(n * ratio ** (k / (self.classes - 1)) for k, n in enumerate(there)))

@@ -7,19 +7,17 @@ Writes digits.json and digits.png. Under a minute on two CPU cores.
 
 import dataclasses
 import json
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.digits import report
 from examples.digits.experiment import SETTINGS, TUNING_SEEDS, run
+from examples.environment import hardware, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +36,20 @@ class Options:
 
 def main(options: Options, settings=SETTINGS) -> None:
     """Runs the settings one after another and writes what they gave."""
+    options.out.mkdir(parents=True, exist_ok=True)
     console, began, seeds = Console(), time.perf_counter(), list(range(options.seeds))
     columns = (TextColumn("{task.description:<31}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         results = [run(setting, seeds, progress) for setting in settings]
     result = {
-        "command": "python -m examples.digits.main",
+        "command": f"python -m examples.digits.main --seeds {options.seeds}",
         "seconds": round(time.perf_counter() - began, 1),
-        "hardware": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("absgd_jax", "jax", "optax", "numpy")},
+        "hardware": hardware(),
+        "versions": versions(),
         "seeds": seeds,
         "tuning_seeds": list(TUNING_SEEDS),
         "settings": results,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "digits.json").write_text(json.dumps(result, indent=1) + "\n")
     report.figure(result, options.out / "digits.png")
     for rows in report.tables(result):

@@ -1,6 +1,7 @@
 """Photographs by official lists, packed into one file; and a small stand-in, scenes of 15 classes."""
 
 import io
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def pack(names: Iterable[str], labels: np.ndarray, root: Path, path: Path, *, sk
       UserError: for the first image that is missing or cannot be decoded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, kept, writer = path.with_suffix(".tmp"), [], None
+    unfinished, kept, writer = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"), [], None
     try:
         writer = ArrayRecordWriter(str(unfinished), "group_size:1")
         for name, label in zip(names, labels, strict=True):

@@ -56,6 +56,9 @@ class PhotoRecipe(Recipe):
             or not self.frozen,
             f"--dataset {self.dataset}: scenes are small, so they need --frozen": self.frozen
             or not self.dataset.startswith("scenes"),
+            f"--dataset {self.dataset}: --size and --skip-broken are for lists of photographs": not (
+                self.dataset.startswith("scenes") and (self.size != PhotoRecipe.size or self.skip_broken)
+            ),
             f"--size {self.size}: it must be a multiple of 32": self.size >= 32 and self.size % 32 == 0,
         }
 

@@ -56,6 +56,8 @@ class Bottleneck(nnx.Module):
     With ``first_strides`` it is that of the first 1x1, as in the paper.
     """
 
+    convolutions, expansion = 3, 4
+
     def __init__(self, channels_in: int, width: int, stride: int, first_strides: bool, rngs: nnx.Rngs):
         strides = (stride, 1) if first_strides else (1, stride)
         self.conv1, self.bn1 = _conv(channels_in, width, 1, strides[0], rngs), _norm(width, rngs)
@@ -70,21 +72,48 @@ class Bottleneck(nnx.Module):
         y = nnx.relu(self.bn1(self.conv1(x), use_running_average=fixed))
         y = nnx.relu(self.bn2(self.conv2(y), use_running_average=fixed))
         y = self.bn3(self.conv3(y), use_running_average=fixed)
-        if self.downsample:
-            conv, norm = self.downsample
-            x = norm(conv(x), use_running_average=fixed)
-        return nnx.relu(x + y)
+        return nnx.relu(_shortcut(self.downsample, x, fixed) + y)
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions and the shortcut around them."""
+
+    convolutions, expansion = 2, 1
+
+    def __init__(self, channels_in: int, width: int, stride: int, first_strides: bool, rngs: nnx.Rngs):
+        del first_strides  # there is no other way
+        self.conv1, self.bn1 = _conv(channels_in, width, 3, stride, rngs), _norm(width, rngs)
+        self.conv2, self.bn2 = _conv(width, width, 3, 1, rngs), _norm(width, rngs)
+        changes = stride > 1 or channels_in != width
+        self.downsample = nnx.List([_conv(channels_in, width, 1, stride, rngs), _norm(width, rngs)] if changes else [])
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        fixed = not train
+        y = nnx.relu(self.bn1(self.conv1(x), use_running_average=fixed))
+        y = self.bn2(self.conv2(y), use_running_average=fixed)
+        return nnx.relu(_shortcut(self.downsample, x, fixed) + y)
+
+
+def _shortcut(downsample: nnx.List, x: jax.Array, fixed: bool) -> jax.Array:
+    if not downsample:
+        return x
+    conv, norm = downsample
+    return norm(conv(x), use_running_average=fixed)
+
+
+def _block(depth: int) -> type[BasicBlock] | type[Bottleneck]:
+    return BasicBlock if depth == 10 else Bottleneck
 
 
 class Stem(nnx.Module):
-    """All of a ResNet before its last stage: images (N, H, W, 3) to (N, H/16, W/16, 1024)."""
+    """All of a ResNet before its last stage: images (N, H, W, 3) to (N, H/16, W/16, 1024), of a ResNet-10 256."""
 
     def __init__(self, depth: int = 50, *, first_strides: bool = False, rngs: nnx.Rngs):
         self.conv1, self.bn1 = _conv(3, 64, 7, 2, rngs), _norm(64, rngs)
-        channels_in, self.stages = 64, nnx.List()
+        channels_in, self.stages, block = 64, nnx.List(), _block(depth)
         for stage, blocks in enumerate(BLOCKS[depth][:3]):
-            self.stages.append(_stage(channels_in, 64 * 2**stage, blocks, stage > 0, first_strides, rngs))
-            channels_in = 256 * 2**stage
+            self.stages.append(_stage(block, channels_in, 64 * 2**stage, blocks, stage > 0, first_strides, rngs))
+            channels_in = block.expansion * 64 * 2**stage
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x), use_running_average=not train))
@@ -100,11 +129,12 @@ class Head(nnx.Module):
     """The last stage, the mean over the image, and a linear classifier."""
 
     def __init__(self, depth: int, classes: int, *, first_strides: bool = False, rngs: nnx.Rngs):
-        self.stage = _stage(1024, 512, BLOCKS[depth][3], True, first_strides, rngs)
-        self.classifier = nnx.Linear(2048, classes, rngs=rngs)
+        block = _block(depth)
+        self.stage = _stage(block, 256 * block.expansion, 512, BLOCKS[depth][3], True, first_strides, rngs)
+        self.classifier = nnx.Linear(512 * block.expansion, classes, rngs=rngs)
 
     def features(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """What the classifier sees, shape (N, 2048)."""
+        """What the classifier sees, shape (N, 2048), of a ResNet-10 (N, 512)."""
         for block in self.stage:
             x = block(x, train=train)
         return jnp.mean(x, axis=(1, 2))
@@ -126,9 +156,9 @@ class ResNet(Head):
         return super().features(self.stem(x, train=train), train=train)
 
 
-def _stage(channels_in, width, blocks, halves, first_strides, rngs) -> nnx.List:
-    first = Bottleneck(channels_in, width, 2 if halves else 1, first_strides, rngs)
-    rest = [Bottleneck(4 * width, width, 1, first_strides, rngs) for _ in range(blocks - 1)]
+def _stage(block, channels_in, width, blocks, halves, first_strides, rngs) -> nnx.List:
+    first = block(channels_in, width, 2 if halves else 1, first_strides, rngs)
+    rest = [block(block.expansion * width, width, 1, first_strides, rngs) for _ in range(blocks - 1)]
     return nnx.List([first, *rest])
 
 
@@ -139,9 +169,14 @@ def load_weights(weights: Mapping[str, np.ndarray], *, stem: Stem | None = None,
     """Puts the arrays of a torchvision state_dict, PyTorch's axes, into a network; the classifier only if it fits.
 
     Raises:
-      UserError: if an array is missing or has another shape.
+      UserError: if an array is missing or has another shape, or there are more layers than the network has.
     """
-    for name, (owner, attribute) in _places(stem, head).items():
+    places = _places(stem, head)
+    stages = {name.partition(".")[0] for name in places if name.startswith("layer")}
+    for name in weights:
+        if name.partition(".")[0] in stages and name not in places and not name.endswith("num_batches_tracked"):
+            raise UserError(f"The network has no place for {name}: the weights are those of another depth.")
+    for name, (owner, attribute) in places.items():
         variable = getattr(owner, attribute)
         given = weights.get(name)
         if name.startswith("fc.") and (given is None or given.size != variable.size):
@@ -170,7 +205,7 @@ def _places(stem: Stem | None, head: Head | None) -> dict[str, tuple[Any, str]]:
     for number, stage in stages:
         for i, block in enumerate(stage):
             at = f"layer{number}.{i}"
-            for k in (1, 2, 3):
+            for k in range(1, block.convolutions + 1):
                 places[f"{at}.conv{k}.weight"] = (getattr(block, f"conv{k}"), "kernel")
                 norm(f"{at}.bn{k}", getattr(block, f"bn{k}"))
             if block.downsample:
@@ -204,7 +239,7 @@ def read_keras(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         return _from_keras(arrays)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} does not hold the weights of Keras's ResNet-50 ({error}).") from None
 
 

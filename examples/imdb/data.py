@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import uuid
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -79,15 +80,15 @@ def read_glove(path: Path, numbers: dict[str, int], size: int) -> dict[int, np.n
 
 
 def _download(data_dir: Path) -> None:
-    unfinished = data_dir / "aclImdb.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
+    unfinished = data_dir / f"aclImdb.{uuid.uuid4().hex[:8]}.tmp"  # another process may do the same
     unpack = pooch.Untar(extract_dir=unfinished.name)
     try:
         pooch.retrieve(URL, f"md5:{MD5}", fname="aclImdb_v1.tar.gz", path=data_dir, processor=unpack)
         (unfinished / "aclImdb").replace(data_dir / "aclImdb")
-        unfinished.rmdir()
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"{data_dir / 'aclImdb'} is missing, and {URL} could not be downloaded ({reason}). Unpack it there by hand."
         ) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -164,9 +164,10 @@ def _train(
         if times > 1:
             differ = f"{path} would be of {times} runs that differ in what is no part of its name"
             raise UserError(f"{differ}. Ask for them one by one, each with another folder of results.")
-    for dataset in dict.fromkeys((recipe.preset, recipe.dataset, recipe.validation) for recipe in recipes):
-        part = {recipe: experiment.make_run(recipe) for recipe in recipes if _where(recipe) == dataset}
-        todo = {recipe: run for recipe, run in part.items() if not records.is_done(paths[recipe], recipe, run)}
+    runs = {recipe: experiment.make_run(recipe) for recipe in recipes}
+    missing = {recipe: run for recipe, run in runs.items() if not records.is_done(paths[recipe], recipe, run)}
+    for dataset in dict.fromkeys(map(_where, missing)):
+        todo = {recipe: run for recipe, run in missing.items() if _where(recipe) == dataset}
         every = experiment.evaluate_every[dataset[0]]
         together = machine.together or (1 if jax.default_backend() == "cpu" else 64)
         settings = trainer.Settings(machine.data_dir, machine.work, every, together, devices, deadline)

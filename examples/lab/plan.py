@@ -74,10 +74,8 @@ def groups(runs: Iterable[Run], is_done, together: int) -> Iterator[list[Run]]:
     for depth in sorted(needed):
         alike = defaultdict(list)
         for run in needed[depth]:
-            before = run.stages[-2] if depth > 1 else None
-            structure = jax.tree.structure((run.stages[-1], before and before.loss, carries_method(run)))
-            alike[run.task, structure].append(run)
-        for (task, _), members in alike.items():
+            alike[run.task, run.epochs, jax.tree.structure(run.stages[-1])].append(run)
+        for (task, *_), members in alike.items():
             size = 1 if task.streamed else together
             yield from (members[i : i + size] for i in range(0, len(members), size))
 

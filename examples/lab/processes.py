@@ -15,8 +15,13 @@ T = TypeVar("T")
 
 def join() -> None:
     """Joins the other processes of a SLURM job or a TPU slice, as JAX finds them."""
-    if not jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
+        return
+    try:
         jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--distributed finds no SLURM job and no TPU slice to join ({reason}).") from None
 
 
 def is_first() -> bool:

@@ -5,12 +5,12 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from examples.lab import methods
 from examples.lab.classifiers import CLASSIFIERS
 from examples.lab.errors import UsageError
-from examples.lab.losses import LOSSES
+from examples.lab.losses import LOSSES, NEEDS_COSINES
 from examples.lab.task import Task
 
 Kind = TypeVar("Kind", bound=Task)
@@ -36,9 +36,14 @@ TAKES = {  # and need not be given
 }
 
 
+OF_CROSS_ENTROPY = ("gce", "sce", "smoothing", "forward")  # methods that are functions of it
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Trains one model. The same command continues a run that was stopped."""
+
+    COSINES: ClassVar[bool] = False  # whether the network has a normalised classifier for the losses that need one
 
     preset: str
     """Where all other defaults come from."""
@@ -113,6 +118,22 @@ class Recipe:
             f"--fraction {self.fraction}: it must be between 0 and 1": self.fraction is None or 0 < self.fraction < 1,
             f"--parameter {self.parameter}: it must be above 0": self.parameter is None
             or 0 < self.parameter < math.inf,
+            f"--parameter {self.parameter}: of {self.method} it must be at most 1": self.method
+            not in ("gce", "smoothing")
+            or self.parameter is None
+            or self.parameter <= 1,
+            f"--method {self.method} is a function of cross entropy, not of --loss {self.loss}": (
+                self.method not in OF_CROSS_ENTROPY or self.losses[1] == "ce"
+            ),
+            f"--loss {self.loss} needs a normalised classifier, which this experiment has not": (
+                self.COSINES or self.losses[1] not in NEEDS_COSINES
+            ),
+            f"--method l2rw gives the weights itself, and --loss {self.loss} would be without those of its classes": (
+                self.method != "l2rw" or not self.loss.startswith("cb-")
+            ),
+            f"--loss {self.loss}: choose one of cb- and deferred-": not self.loss.startswith(
+                ("cb-deferred-", "deferred-cb-")
+            ),
             f"--max-weight {self.max_weight}: it must be above 1": self.max_weight > 1,
             f"--gamma {self.gamma}: it must be above 0 and at most 1": 0 < self.gamma <= 1,
             f"--log-alpha {self.log_alpha}: it must be finite": self.log_alpha is None or math.isfinite(self.log_alpha),
@@ -137,14 +158,14 @@ class Recipe:
     def strength(self) -> str:
         """What says how uneven the weights are, for names."""
         numbers = {"t": self.temperature, "r": self.kl_radius, "f": self.fraction, "p": self.parameter}
-        numbers["c"] = self.max_weight
+        numbers |= {"c": self.max_weight, "a": self.log_alpha}
         return "".join(f"-{k}{v:g}" for k, v in numbers.items() if v is not None and math.isfinite(v))
 
     @property
     def title(self) -> str:
         """The method in tables: what weights the examples, and what else is done to them."""
         if self.classifier is not None:
-            return self.classifier
+            return self.classifier if self.method == "sgd" else f"{self.classifier}-{self.method}"
         if self.balanced_batches:
             return "resample" if self.method == "sgd" else f"resample-{self.method}"
         bounded = self.method == "absgd" and math.isfinite(self.max_weight)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from examples.environment import hardware, versions
-from examples.lab import files, trainer
+from examples.lab import files, plan, trainer
 from examples.lab.config import Run, describe
 from examples.lab.errors import UserError
 from examples.lab.recipe import Recipe
@@ -45,7 +45,7 @@ def record(experiment: str, recipe: Recipe, run: Run, settings: trainer.Settings
         "loss": recipe.loss,
         **{
             name: getattr(recipe, name)
-            for name in ("temperature", "kl_radius", "fraction", "parameter", "max_weight", "gamma")
+            for name in ("temperature", "kl_radius", "fraction", "parameter", "max_weight", "log_alpha")
         },
         "seed": recipe.seed,
         "accuracy": last["test_accuracy"],
@@ -63,6 +63,7 @@ def record(experiment: str, recipe: Recipe, run: Run, settings: trainer.Settings
         "seconds": round(sum(line["seconds"] for line in lines), 1),
         "command": command,
         "config": describe(recipe) | {"run": describe(run)},
+        "code": plan.program(),
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -77,7 +78,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["config"]["run"]
-    except (ValueError, KeyError, TypeError):
+        content["by_epoch"] = {
+            name: [[epoch, float(value)] for epoch, value in series] for name, series in content["by_epoch"].items()
+        }
+        if missing := {"accuracy", "diverged", "experiment", "hardware", "seconds"} - set(content):
+            raise KeyError(missing)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not the record of a run. Choose another --out, or delete it.") from None
     return content
 

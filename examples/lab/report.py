@@ -18,14 +18,22 @@ from examples.lab.experiment import TUNING_SEED, Experiment
 from examples.readme import fill
 
 Frame = Any  # of pandas, whose own types do not know what a column holds
-STRENGTH = ["temperature", "kl_radius", "fraction", "parameter", "max_weight"]
+STRENGTH = ["temperature", "kl_radius", "fraction", "parameter", "max_weight", "log_alpha"]
 FAMILY = ["method", "loss"]
-SYMBOLS = {"temperature": "λ", "kl_radius": "ρ", "fraction": "fraction", "parameter": "p", "max_weight": "c"}
+SYMBOLS = {
+    "temperature": "λ",
+    "kl_radius": "ρ",
+    "fraction": "fraction",
+    "parameter": "p",
+    "max_weight": "c",
+    "log_alpha": "log α",
+}
 MISSING = {
     "fraction": None,
     "parameter": None,
     "max_weight": np.inf,
     "kl_radius": None,
+    "log_alpha": None,
     "validation_accuracy": None,
 }  # of older records
 
@@ -39,6 +47,12 @@ def load(folder: Path) -> Frame:
     numbers = [*STRENGTH, "accuracy", "balanced_accuracy", "validation_accuracy"]
     frame[numbers] = frame[numbers].apply(pd.to_numeric)
     frame["strength"] = frame.apply(strength, axis=1)
+    for _, family in frame.groupby(["dataset", *FAMILY, "strength", frame.seed < TUNING_SEED], sort=False):
+        settings = [{k: v for k, v in config.items() if k not in ("seed", "run")} for config in family.config]
+        if any(each != settings[0] for each in settings):
+            one = family.iloc[0]
+            which = f"{one.dataset}, {one.method}, {one.loss}, {one.strength}"
+            raise UserError(f"{folder} has runs of {which} that differ in more than their seed: report them apart.")
     return frame
 
 
@@ -170,7 +184,7 @@ def report(experiment: Experiment, folders: Sequence[Path]) -> None:
     """Tables and figures of presets' results; those of all that the experiment holds are in its README, too."""
     console, sections, own = Console(), [], (experiment.folder / "results").glob("*")
     all_of_them = {folder.resolve() for folder in folders} == {folder.resolve() for folder in own}
-    for folder in folders:
+    for folder in map(Path.resolve, folders):
         for dataset, frame in load(folder).groupby("dataset"):
             place = folder / str(dataset)
             text = section(experiment, folder.name, str(dataset), frame)

@@ -33,7 +33,11 @@ def two_stages(
     loss, second_loss = recipe.losses
     turn = round(recipe.begin * recipe.epochs)
     weighted = {"loss": second_loss, "class_weights": recipe.loss.startswith("cb-"), "method": recipe.make_method()}
-    if turn == recipe.epochs and weighted != {"loss": loss, "class_weights": False, "method": SGD}:
+    changed = weighted != {"loss": loss, "class_weights": False, "method": SGD} or second_rate != 1
+    changed |= any(
+        shared.get(name, Stage.__dataclass_fields__[name].default) != v for name, v in (second or {}).items()
+    )
+    if turn == recipe.epochs and changed:
         raise UsageError(f"--begin {recipe.begin} --epochs {recipe.epochs}: no epoch is left for the second stage.")
     copied = ("batch_size", "momentum", "weight_decay", "balanced_batches")
     first = {"loss": loss, "method": SGD} | {name: getattr(recipe, name) for name in copied} | shared

@@ -107,6 +107,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}. Write there what is to be tried; see examples/lab/search.py.") from None
     if not isinstance(space, dict) or set(space) != KEYS:
         raise UserError(f"{path}: it must have {', '.join(sorted(KEYS))}, and nothing else.")
-    if len(space["confirming_seeds"]) < 2 or space["choosing_seeds"] < 1:
-        raise UserError(f"{path}: at least one seed is needed to choose, and two to confirm.")
+    confirming, choosing, confirmed = (space[k] for k in ("confirming_seeds", "choosing_seeds", "confirmed"))
+    numbers = [choosing, confirmed, *confirming] if isinstance(confirming, list) else [None]
+    if not all(isinstance(number, int) for number in numbers):
+        raise UserError(f"{path}: choosing_seeds and confirmed must be integers, confirming_seeds a list of them.")
+    if len(set(confirming)) < max(2, len(confirming)) or choosing < 1 or confirmed < 1:
+        raise UserError(f"{path}: at least one seed is needed to choose, and two different ones to confirm one recipe.")
     return space

@@ -13,10 +13,10 @@ NAMES = {
     "sgd": "SGD", "absgd": "ABSGD", "bounded-absgd": "ABSGD, bounded", "kl-radius": "ABSGD, KL radius",
     "trust": "ABSGD, trusted fraction", "within-class": "ABSGD within classes",
     "focus": "ABSGD, fraction in focus", "adaptive-gamma": "ABSGD, adaptive γ", "term": "TERM", "recover": "RECOVER",
-    "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm",
+    "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm, τ = 1",
     "lws": "LWS", "gce": "Generalised CE", "sce": "Symmetric CE", "smoothing": "Label smoothing",
-    "forward": "Forward correction", "small-loss": "Small-loss selection", "elr": "Early-learning regularisation",
-    "rgd": "RGD",
+    "forward": "Forward correction, symmetric", "small-loss": "Small-loss selection",
+    "elr": "Early-learning regularisation", "rgd": "RGD",
 }  # fmt: skip
 FORMS = {"-fc": "classifier only", "-one-stage": "one stage", "-no-momentum": "without momentum"}
 

@@ -142,7 +142,7 @@ def test_one_run_end_to_end(cifar10, tmp_path, capsys):
         "shallow",
     ]
     assert cli.main(EXPERIMENT, ["train", *arguments, "--epochs", "2", "--begin", "0.5", *options]) == 0
-    record = records.read(tmp_path / "out/smoke/cifar10-lt-100/bounded-absgd-ce-t1-c3-s0.json")
+    record = records.read(tmp_path / "out/smoke/cifar10-lt-100/bounded-absgd-ce-t1-c3-epochs2-s0.json")
     assert record["max_weight"] == 3
     assert sum(record["class_counts"]) == 242
     assert record["accuracy"] > 10

@@ -14,7 +14,7 @@ from examples.covid_lt.task import CovidLt
 from examples.imagenet_lt import resnet
 from examples.lab import cli, records
 from examples.lab.errors import UsageError, UserError
-from tests.examples.test_imagenet_resnet import random_weights
+from tests.examples.test_imagenet_resnet import blocks_of, random_weights
 
 HEAD = (
     "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,"
@@ -111,7 +111,7 @@ def test_files_that_hold_no_xrays(tmp_path):
 
 @pytest.fixture(scope="module")
 def weights():
-    return random_weights(10, 1000)
+    return random_weights(14, 1000)
 
 
 def test_datasets_by_name():
@@ -130,12 +130,12 @@ def test_one_run_end_to_end(weights, tmp_path, monkeypatch, capsys):
     found = xrays((3, 3, 3, 3), 13)
     np.savez(tmp_path / "xray64.npz", image=found.images, label=found.labels, patient=found.patients)
     monkeypatch.setattr(covid_task, "read_keras", lambda path: weights)
-    monkeypatch.setitem(resnet.BLOCKS, 50, resnet.BLOCKS[10])  # shallow, or most of the time compiles
+    monkeypatch.setitem(resnet.BLOCKS, 50, blocks_of(14))  # shallow, or most of the time compiles
     options = ["--preset", "xray", "--data-dir", str(tmp_path), "--test-per-class", "5", "--batch-size", "16"]
     options += ["--epochs", "3", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     bounded = ["--method", "absgd", "--temperature", "1"]
     assert cli.main(EXPERIMENT, ["train", *bounded, *options]) == 0
-    record = records.read(tmp_path / "out/xray/xray64-10/absgd-ce-t1-s0.json")
+    record = records.read(tmp_path / "out/xray/xray64-10/absgd-ce-t1-epochs3-batch-size16-s0.json")
     assert record["class_counts"][0] / record["class_counts"][-1] == pytest.approx(10, rel=0.2)
     assert [epoch for epoch, _ in record["by_epoch"]["loss"]] == [1, 2, 3]
     assert record["accuracy"] * 20 / 100 == pytest.approx(round(record["accuracy"] * 20 / 100))
@@ -143,3 +143,16 @@ def test_one_run_end_to_end(weights, tmp_path, monkeypatch, capsys):
     assert "needs held-out examples" in capsys.readouterr().err
     data = CovidLt(dataset="xray64-10", test_per_class=5, validation=0.2).load(tmp_path)
     assert len(set(np.bincount(data.validation.labels))) == 1
+
+
+def test_no_patient_is_in_two_splits(weights, tmp_path, monkeypatch):
+    found = xrays((3, 3, 3, 3), 13)
+    images = found.images.copy()
+    images[:, 0, 0] = found.patients % 1000 + 60 * found.labels  # tells the patient: no two share it but one
+    np.savez(tmp_path / "xray64.npz", image=images, label=found.labels, patient=found.patients)
+    monkeypatch.setattr(covid_task, "read_keras", lambda path: {})
+    monkeypatch.setattr(covid_task, "lower_layers", lambda images, *_, **__: images[:, 0, 0])
+    data = CovidLt(dataset="xray64-10", test_per_class=5, validation=0.2).load(tmp_path)
+    splits = [set(split.inputs.tolist()) for split in (data.train, data.validation, data.test)]
+    assert all(splits)
+    assert len(set.union(*splits)) == sum(map(len, splits))

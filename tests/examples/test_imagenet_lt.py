@@ -58,7 +58,7 @@ def test_lower_layers_and_head_are_the_whole_network(weights, tmp_path, monkeypa
     monkeypatch.setattr(features_of_images, "BATCH", 3)  # the last part has two images and is filled up
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32)).astype(np.uint8)
     features = lower_layers(images, weights, tmp_path, depth=10, first_strides=True)
-    assert features.shape == (8, 2, 2, 2, 1024)
+    assert features.shape == (8, 2, 2, 2, 256)
     whole = loaded(weights, 10, 1000, first_strides=True)
     head = nnx.eval_shape(lambda: Head(10, 1000, first_strides=True, rngs=nnx.Rngs(0)))
     load_weights(weights, head=head)

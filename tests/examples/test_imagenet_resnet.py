@@ -17,6 +17,10 @@ from examples.imagenet_lt.resnet import ResNet, load_weights, read_keras, read_p
 from examples.lab.errors import UserError
 
 
+def blocks_of(depth):
+    return resnet.BLOCKS.get(depth, (1, 1, 1, 1))  # 14 is a ResNet-50 with fewer blocks
+
+
 def shapes(depth, classes):
     """Of a state_dict of torchvision, from the paper's table of layers."""
     out = {"conv1.weight": (64, 3, 7, 7)}
@@ -26,18 +30,21 @@ def shapes(depth, classes):
 
     norm("bn1", 64)
     before = 64
-    for number, blocks in enumerate(resnet.BLOCKS[depth], 1):
+    for number, blocks in enumerate(blocks_of(depth), 1):
         width = 64 * 2 ** (number - 1)
+        after = width if depth == 10 else 4 * width
         for i in range(blocks):
             at = f"layer{number}.{i}"
-            for k, (a, b, size) in enumerate([(before, width, 1), (width, width, 3), (width, 4 * width, 1)], 1):
+            basic = [(before, width, 3), (width, width, 3)]
+            layers = basic if depth == 10 else [(before, width, 1), (width, width, 3), (width, after, 1)]
+            for k, (a, b, size) in enumerate(layers, 1):
                 out[f"{at}.conv{k}.weight"] = (b, a, size, size)
                 norm(f"{at}.bn{k}", b)
-            if i == 0:
-                out[f"{at}.downsample.0.weight"] = (4 * width, before, 1, 1)
-                norm(f"{at}.downsample.1", 4 * width)
-            before = 4 * width
-    return out | {"fc.weight": (classes, 2048), "fc.bias": (classes,)}
+            if i == 0 and (number > 1 or before != after):
+                out[f"{at}.downsample.0.weight"] = (after, before, 1, 1)
+                norm(f"{at}.downsample.1", after)
+            before = after
+    return out | {"fc.weight": (classes, before), "fc.bias": (classes,)}
 
 
 def random_weights(depth, classes, seed=0):
@@ -80,19 +87,26 @@ def forward(w, x, depth, *, first_strides=False, eps=1e-5, biases=None):
     x = relu(layer(x, "conv1", "bn1", 2, 3))
     x = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
     x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))[:, :, ::2, ::2].max(axis=(-2, -1))
-    for number, blocks in enumerate(resnet.BLOCKS[depth], 1):
+    for number, blocks in enumerate(blocks_of(depth), 1):
         for i in range(blocks):
             at, stride = f"layer{number}.{i}", 2 if number > 1 and i == 0 else 1
             first, second = (stride, 1) if first_strides else (1, stride)
-            y = relu(layer(x, f"{at}.conv1", f"{at}.bn1", first))
-            y = relu(layer(y, f"{at}.conv2", f"{at}.bn2", second, 1))
-            y = layer(y, f"{at}.conv3", f"{at}.bn3")
-            x = relu(y + (layer(x, f"{at}.downsample.0", f"{at}.downsample.1", stride) if i == 0 else x))
+            if depth == 10:
+                y = relu(layer(x, f"{at}.conv1", f"{at}.bn1", stride, 1))
+                y = layer(y, f"{at}.conv2", f"{at}.bn2", 1, 1)
+            else:
+                y = relu(layer(x, f"{at}.conv1", f"{at}.bn1", first))
+                y = relu(layer(y, f"{at}.conv2", f"{at}.bn2", second, 1))
+                y = layer(y, f"{at}.conv3", f"{at}.bn3")
+            if f"{at}.downsample.0.weight" in w:
+                x = layer(x, f"{at}.downsample.0", f"{at}.downsample.1", stride)
+            x = relu(y + x)
     return x.mean(axis=(2, 3)) @ w["fc.weight"].T.astype(np.float64) + w["fc.bias"]
 
 
 @pytest.mark.parametrize(
-    ("depth", "blocks", "parameters"), [(50, (3, 4, 6, 3), 25_557_032), (152, (3, 8, 36, 3), 60_192_808)]
+    ("depth", "blocks", "parameters"),
+    [(10, (1, 1, 1, 1), 5_418_792), (50, (3, 4, 6, 3), 25_557_032), (152, (3, 8, 36, 3), 60_192_808)],
 )
 def test_sizes_are_torchvision_s(depth, blocks, parameters):
     assert resnet.BLOCKS[depth] == blocks
@@ -114,12 +128,13 @@ def logits(module, x):
     return module(x, train=False)
 
 
-@pytest.mark.parametrize("first_strides", [False, True])
-def test_logits_are_those_of_a_forward_pass_by_hand(first_strides):
-    weights = random_weights(10, 7)
-    module = loaded(weights, 10, 7, first_strides=first_strides)
+@pytest.mark.parametrize(("depth", "first_strides"), [(10, False), (14, False), (14, True)])
+def test_logits_are_those_of_a_forward_pass_by_hand(depth, first_strides, monkeypatch):
+    monkeypatch.setitem(resnet.BLOCKS, 14, blocks_of(14))
+    weights = random_weights(depth, 7)
+    module = loaded(weights, depth, 7, first_strides=first_strides)
     x = np.random.default_rng(1).normal(size=(2, 3, 64, 64))
-    expected = forward(weights, x, 10, first_strides=first_strides)
+    expected = forward(weights, x, depth, first_strides=first_strides)
     found = logits(module, x.transpose(0, 2, 3, 1).astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
@@ -137,6 +152,8 @@ def test_every_array_has_a_place_and_must_fit():
             stem=module.stem,
             head=module,
         )
+    with pytest.raises(UserError, match=r"no place for layer2\.1\.conv1\.weight"):
+        load_weights(weights | {"layer2.1.conv1.weight": np.zeros(3)}, stem=module.stem, head=module)
     with pytest.raises(UserError, match=r"bn1\.bias has the shape \(3,\)"):
         load_weights(weights | {"bn1.bias": np.zeros(3)}, stem=module.stem, head=module)
 

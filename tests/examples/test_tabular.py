@@ -65,7 +65,7 @@ def test_one_run_end_to_end_and_bad_options(tmp_path, capsys):
     options = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     bounded = ["--method", "absgd", "--temperature", "1", "--max-weight", "3"]
     assert cli.main(EXPERIMENT, ["train", "--preset", "small", *bounded, "--epochs", "10", *options]) == 0
-    record = records.read(tmp_path / "out/small/digits/bounded-absgd-ce-t1-c3-s0.json")
+    record = records.read(tmp_path / "out/small/digits/bounded-absgd-ce-t1-c3-epochs10-s0.json")
     assert record["accuracy"] > 85
     assert 1 < max(weight for _, weight in record["by_epoch"]["largest_weight"]) <= 3.1
     assert cli.main(EXPERIMENT, ["train", "--dataset", "iris", *options]) == 2
