@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from examples.lab import checkpoint, cli, evaluate, figures, plan, records, report, trainer
+from examples.lab import checkpoint, cli, evaluate, figures, files, plan, processes, records, report, trainer
 from examples.lab.config import SGD, Run, Stage, describe, fingerprint
 from examples.lab.errors import OutOfTimeError, UsageError, UserError
 from examples.lab.input_pipeline import by_length
@@ -364,6 +364,77 @@ def test_a_method_that_was_not_run_says_so(swept, tmp_path):
         report.report(EXPERIMENT, [tmp_path])
 
 
+def test_runs_of_other_settings_are_no_more_seeds_of_a_row(swept, tmp_path):
+    kept = tmp_path / "tiny" / "clouds"
+    kept.mkdir(parents=True)
+    for seed in (0, 1):
+        content = records.read(swept / f"out/tiny/clouds/sgd-ce-s{seed}.json")
+        content["config"] |= {"rate": 0.1 * (1 + seed)}
+        records.write(kept / f"sgd-ce-s{seed}.json", content)
+    with pytest.raises(UserError, match="clouds, sgd, ce, – that differ in more than their seed"):
+        report.load(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("missing", ["accuracy", "by_epoch", "config", "diverged", "hardware"])
+def test_a_record_that_lacks_something_is_told(swept, tmp_path, missing):
+    content = json.loads((swept / "out/tiny/clouds/sgd-ce-s0.json").read_text())
+    del content[missing]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"a\.json is not the record of a run"):
+        records.read(tmp_path / "a.json")
+
+
+def test_a_run_that_diverged_is_drawn(swept, tmp_path):
+    for path in swept.glob("out/tiny/clouds/*.json"):
+        content = records.read(path)
+        if content["seed"] == 0:
+            content["by_epoch"]["loss"][-1][1] = content["by_epoch"]["test_accuracy"][-1][1] = math.nan
+            content["diverged"] = True
+        (tmp_path / "tiny" / "clouds").mkdir(parents=True, exist_ok=True)
+        records.write(tmp_path / "tiny" / "clouds" / path.name, content)
+    report.report(EXPERIMENT, [tmp_path / "tiny"])
+    assert (tmp_path / "tiny" / "clouds" / "training.png").is_file()
+
+
+def test_two_that_write_one_file_do_not_disturb_one_another(tmp_path):
+    path = tmp_path / "a"
+    with files.aside(path) as slow:
+        slow.write(b"whole")
+        with files.aside(path) as quick:
+            quick.write(b"all")
+        assert path.read_bytes() == b"all"
+        slow.write(b", too")
+    assert path.read_bytes() == b"whole, too"
+
+    def broken_off():
+        with files.aside(path) as file:
+            file.write(b"part")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken_off()
+    assert path.read_bytes() == b"whole, too"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_runs_of_other_lengths_are_not_trained_together(tmp_path):
+    longer = dataclasses.replace(FIRST, epochs=3)
+    runs = [run_of(first, second(SGD)) for first in (FIRST, longer)]
+    together = settings(tmp_path, together=8)
+    train(runs, together)
+    for run in runs:
+        assert [line["epoch"] for line in trainer.left_by(run, together)[1]] == list(range(1, run.epochs + 1))
+
+
+def test_several_processes_that_are_none(monkeypatch):
+    def not_found():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", not_found)
+    with pytest.raises(UserError, match=r"--distributed finds no SLURM job.*coordinator_address"):
+        processes.join()
+
+
 def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
     path = tmp_path / "tiny" / "clouds" / "sgd-ce-s0.json"
     path.parent.mkdir(parents=True)
@@ -403,6 +474,12 @@ def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
         (["--devices", "7"], "it must be a multiple of the 7 devices"),
         (["--devices", "2", "--distributed"], "--devices 2: --distributed takes all"),
         (["--together", "0"], "--together 0"),
+        (["--loss", "ldam"], "--loss ldam needs a normalised classifier"),
+        (["--loss", "cb-deferred-ce"], "choose one of cb- and deferred-"),
+        (["--loss", "focal", "--method", "gce", "--parameter", "0.5"], "is a function of cross entropy"),
+        (["--method", "gce", "--parameter", "5"], "of gce it must be at most 1"),
+        (["--method", "smoothing", "--parameter", "2"], "of smoothing it must be at most 1"),
+        (["--method", "l2rw", "--loss", "cb-ce"], "--method l2rw gives the weights itself"),
         (["--begin", "1", "--loss", "cb-ce"], "--begin 1.0 --epochs 4: no epoch is left"),
         (["--epochs", "1", "--begin", "0.9", "--method", "absgd", "--temperature", "1"], "no epoch is left"),
     ],
@@ -499,7 +576,18 @@ def test_a_search_confirms_what_validation_chose(space, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "change",
-    [{"preset": "x"}, {"confirming_seeds": [1]}, {"choosing_seeds": 0}, {"candidates": [{"lambda": 1}]}, {"extra": 1}],
+    [
+        {"preset": "x"},
+        {"confirming_seeds": [1]},
+        {"confirming_seeds": [100, 101, 101]},
+        {"confirming_seeds": 3},
+        {"confirming_seeds": [1.5, 2]},
+        {"choosing_seeds": 0},
+        {"choosing_seeds": "1"},
+        {"confirmed": 0},
+        {"candidates": [{"lambda": 1}]},
+        {"extra": 1},
+    ],
 )
 def test_a_space_that_cannot_be_searched(space, change, tmp_path, capsys):
     (tmp_path / "space.json").write_text(json.dumps(space | change))
