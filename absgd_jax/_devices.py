@@ -5,6 +5,8 @@ Under ``shard_map`` with check_vma they do, and the derivative of a psum is the 
 all n devices have come out n times too large, and are averaged instead of summed.
 """
 
+from typing import Any
+
 import jax
 
 from absgd_jax._merge import AxisName
@@ -12,7 +14,7 @@ from absgd_jax._merge import AxisName
 
 def varying(x) -> frozenset:
     """The axes over which the type of ``x`` says that it varies."""
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    kind: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     if hasattr(kind, "vma"):  # up to JAX 0.10
         return kind.vma or frozenset()
     return kind.manual_axis_type.varying if kind.manual_axis_type is not None else frozenset()
