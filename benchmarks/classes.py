@@ -8,6 +8,7 @@ that ran in the same round.
 """
 
 import dataclasses
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def markdown(records: list[Record]) -> str:
 def figure(records: list[Record], path: Path) -> None:
     """Time relative to the bare step against the number of classes."""
     fig, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-    colours = (style.ABSGD, *style.RIVALS)
+    colours = itertools.cycle((style.ABSGD, *style.RIVALS))
     for loss, colour in zip([name for name in LOSSES if name != BARE], colours, strict=False):
         own = [record for record in records if record["loss"] == loss]
         axis.plot([r["classes"] for r in own], [r["time_ratio"] for r in own], ".-", color=colour, label=loss)

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,13 @@ class Options:
     """Channels of its first stage."""
     batch_size: int = 32
     """Examples in a batch, on each device, where the batch size is not what is varied."""
-    sweeps: tuple[str, ...] = ("batch_size", "runs", "classes", "examples", "devices")
+    sweeps: tuple[Literal["batch_size", "runs", "classes", "examples", "devices"], ...] = (
+        "batch_size",
+        "runs",
+        "classes",
+        "examples",
+        "devices",
+    )
     """What to vary."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of devices."""

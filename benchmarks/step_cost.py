@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ NUMBERS = 3 * 4 * DEVICES  # bytes of the collective that merges the devices' ri
 class Options:
     """Cost of a step."""
 
-    models: tuple[str, ...] = ("MLP", "ResNet", "transformer")
+    models: tuple[Literal["MLP", "ResNet", "transformer"], ...] = ("MLP", "ResNet", "transformer")
     """Networks to measure."""
     methods: tuple[str, ...] = ("SGD", "ABSGD", "mini-batch softmax", "RECOVER", "META")
     """Methods to measure; the first is what the others are compared with."""

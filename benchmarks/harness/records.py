@@ -38,13 +38,21 @@ def publish(
     markdown: Callable[[list[Record]], str],
     figure: Callable[[list[Record], Path], None],
 ) -> None:
-    """Measures, writes the JSON and the plot of a benchmark and prints its table, both drawn from the file."""
+    """Measures, writes the JSON and the plot of a benchmark and prints its table, both drawn from the file.
+
+    What was there is replaced when all is drawn; until then the new JSON is in the folder ``unfinished``.
+    """
+    unfinished, plot = RESULTS / "unfinished", RESULTS / f"{name}.png"
     try:
-        path = write(name, measure())
+        path = write(name, measure(), unfinished)
     except (UserError, OSError) as error:
         sys.exit(str(error))
-    figure(read(name), path.with_suffix(".png"))
-    print(f"{markdown(read(name))}\n\nWrote {path} and {path.with_suffix('.png')}.")
+    records = read(name, unfinished)
+    text = markdown(records)
+    figure(records, plot)
+    path = path.replace(RESULTS / path.name)
+    unfinished.rmdir()
+    print(f"{text}\n\nWrote {path} and {plot}.")
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:

@@ -61,7 +61,10 @@ def restore(manager: ocp.CheckpointManager, like: Tree) -> Tree:
     """
     leaves = named(like)
     arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-    found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(arrays))
+    try:
+        found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(arrays))
+    except (ValueError, OSError, KeyError) as error:
+        raise _damaged(Path(manager.directory), error) from None
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves])
 
 
@@ -86,8 +89,17 @@ def is_finished(folder: Path) -> bool:
 
 def load(folder: Path, like: Tree) -> tuple[Tree, list[dict[str, Any]]]:
     """The state and the metrics that :func:`finish` has left."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+    except ValueError as error:
+        raise _damaged(folder, error) from None
     with open_manager(folder) as manager:
-        return restore(manager, like), json.loads((folder / "metrics.json").read_text())
+        return restore(manager, like), metrics
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(f"{folder} is damaged ({reason}). Delete it: the same command trains what is missing again.")
 
 
 def remove(folder: Path) -> None:

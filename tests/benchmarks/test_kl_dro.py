@@ -97,3 +97,13 @@ def test_seeds_share_their_batches_and_nothing_else(monkeypatch):
         for seed in range(2):
             alone = kl_dro.train(method, x, y, start, kl_dro.Run(*(column[i] for column in columns), jnp.int32(seed)))
             np.testing.assert_allclose(paths[i, seed], alone, rtol=1e-5)
+
+
+def test_a_table_that_cannot_be_drawn_replaces_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    draw = lambda found, path: path.write_bytes(b"")  # noqa: E731
+    records.publish("a", lambda: [{"seed": 1}], lambda found: "", draw)
+    with pytest.raises(IndexError):
+        records.publish("a", lambda: [{"seed": 2}], lambda found: found[1]["seed"], draw)
+    assert [record["seed"] for record in records.read("a", tmp_path)] == [1]
+    assert [record["seed"] for record in records.read("a", tmp_path / "unfinished")] == [2]

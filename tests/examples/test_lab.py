@@ -426,6 +426,22 @@ def test_runs_of_other_lengths_are_not_trained_together(tmp_path):
         assert [line["epoch"] for line in trainer.left_by(run, together)[1]] == list(range(1, run.epochs + 1))
 
 
+def test_damaged_checkpoints_are_told(tmp_path):
+    run, where = run_of(FIRST), settings(tmp_path)
+    train([run], where)
+    (folder,) = (path.parent for path in tmp_path.rglob("metrics.json"))
+    whole = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(whole[:5])
+    with pytest.raises(UserError, match=f"{folder.name} is damaged.*Delete it"):
+        trainer.left_by(run, where)
+    (folder / "metrics.json").write_text(whole)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "metrics.json":
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{folder.name} is damaged.*Delete it"):
+        trainer.left_by(run, where)
+
+
 def test_several_processes_that_are_none(monkeypatch):
     def not_found():
         raise ValueError("coordinator_address should be defined.")
