@@ -15,20 +15,20 @@ RESULTS = Path(__file__).parents[1] / "results"
 Record = dict[str, Any]
 
 
-def write(name: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
+def write(name: str, records: Sequence[Record], folder: Path | None = None) -> Path:
     """Writes ``name.json``, a record a line, each with the hardware, the versions and the command."""
     command = f"python -m benchmarks.{name} {shlex.join(sys.argv[1:])}".strip()
     common = {"hardware": hardware(), "versions": versions(), "command": command}
-    path = folder / f"{name}.json"
+    path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(record | common, allow_nan=False) for record in records)
     path.write_text(f"[\n{lines}\n]\n")
     return path
 
 
-def read(name: str, folder: Path = RESULTS) -> list[Record]:
+def read(name: str, folder: Path | None = None) -> list[Record]:
     """The records of ``name.json``; none if it was not run."""
-    path = folder / f"{name}.json"
+    path = (folder or RESULTS) / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
 

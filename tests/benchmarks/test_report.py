@@ -1,7 +1,6 @@
 """Records in JSON and the tables drawn from them."""
 
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +15,7 @@ from examples.lab.errors import UserError
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """Results go to a folder of the test."""
-    monkeypatch.setattr(records, "write", partial(records.write, folder=tmp_path / "results"))
-    monkeypatch.setattr(records, "read", partial(records.read, folder=tmp_path / "results"))
-    monkeypatch.setattr(report, "read", records.read)
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", ["main", "--sizes", "1", "--name", "two words"])
     return tmp_path / "results"
@@ -76,7 +73,11 @@ def test_what_the_user_can_mend_is_said_without_a_traceback(folder):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    module = SimpleNamespace(__doc__="How fast? On two.\n\nMore.", markdown=lambda rows: f"table of {len(rows)}")
+    module = SimpleNamespace(
+        __doc__="How fast? On two.\n\nMore.",
+        markdown=lambda rows: f"table of {len(rows)}",
+        figure=lambda rows, path: path.write_text(f"{len(rows)}"),
+    )
     monkeypatch.setitem(sys.modules, "benchmarks.speed", module)
 
 
@@ -84,12 +85,11 @@ def benchmark(monkeypatch):
 def test_section(folder):
     assert report.section("speed") == "### speed\n\nNot run: `python -m benchmarks.speed`."
     records.write("speed", [{"value": 1}, {"value": 2}])
-    title, question, table, source = report.section("speed").split("\n\n")
-    assert (title, question, table) == ("### How fast?", "On two.", "table of 2")
+    title, question, table, plot, source = report.section("speed").split("\n\n")
+    assert (title, question, table, plot) == ("### How fast?", "On two.", "table of 2", "![speed](results/speed.png)")
+    assert (folder / "speed.png").read_text() == "2"
     assert source.startswith("`python -m benchmarks.speed --sizes 1 --name 'two words'` on ")
     assert f"jax {jax.__version__}" in source
-    (folder / "speed.png").touch()
-    assert "\n\n![speed](results/speed.png)\n\n" in report.section("speed")
 
 
 def test_every_benchmark_is_in_the_report():
