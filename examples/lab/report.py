@@ -85,8 +85,10 @@ def chosen(frame: Frame) -> Frame:
     """
     strengths = [*FAMILY, "strength"]
     frame = frame.merge(frame.loc[frame.seed < TUNING_SEED, strengths].drop_duplicates(), on=strengths)
+    frame = frame.sort_values([*FAMILY, *STRENGTH])  # of equals the first, as in a sweep
     scores = frame.groupby([*FAMILY, "strength"], sort=False).validation_accuracy.mean().reset_index()
-    best = scores.sort_values("validation_accuracy", ascending=False, na_position="last").groupby(FAMILY, sort=False)
+    best = scores.sort_values("validation_accuracy", ascending=False, na_position="last", kind="stable")
+    best = best.groupby(FAMILY, sort=False)
     only = scores.groupby(FAMILY, sort=False).strength.size() == 1
     first = best.first()
     return first.strength.where(only | first.validation_accuracy.notna())
