@@ -51,7 +51,6 @@ def publish(
     text = markdown(records)
     figure(records, plot)
     path = path.replace(RESULTS / path.name)
-    unfinished.rmdir()
     print(f"{text}\n\nWrote {path} and {plot}.")
 
 

@@ -45,8 +45,7 @@ class CovidLt(Task):
         if self.validation:
             share = math.ceil(self.validation * np.bincount(xrays.labels[rest], minlength=self.classes).min())
             those = xrays._replace(labels=xrays.labels[rest], patients=xrays.patients[rest])
-            kept, others = (rest[places] for places in split_by_patient(those, share, self.subset_seed))
-            rest = others
+            kept, rest = (rest[places] for places in split_by_patient(those, share, self.subset_seed))
         there = np.bincount(xrays.labels[rest], minlength=self.classes)
         # The largest class is as large as the others allow.
         n_max = int(min(n * ratio ** (k / (self.classes - 1)) for k, n in enumerate(there)))

@@ -1,7 +1,6 @@
 """Photographs by official lists, packed into one file; and a small stand-in, scenes of 15 classes."""
 
 import io
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +88,7 @@ def pack(names: Iterable[str], labels: np.ndarray, root: Path, path: Path, *, sk
       UserError: for the first image that is missing or cannot be decoded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, kept, writer = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"), [], None
+    unfinished, kept, writer = files.beside(path), [], None
     try:
         writer = ArrayRecordWriter(str(unfinished), "group_size:1")
         for name, label in zip(names, labels, strict=True):
@@ -104,14 +103,16 @@ def pack(names: Iterable[str], labels: np.ndarray, root: Path, path: Path, *, sk
                 raise UserError(f"{root / name} is missing or no image ({error}). {hint}.") from None
             writer.write(content)
             kept.append(label)
+        if not kept:
+            raise UserError(f"{root} has no image of the list: where are they?")
+        writer.close()
+        with files.aside(path.with_suffix(".npy")) as file:
+            np.save(file, np.array(kept, np.int32))
+        unfinished.replace(path)
     finally:
-        if writer is not None:
+        if writer is not None and writer.is_open():
             writer.close()
-    if not kept:
-        raise UserError(f"{root} has no image of the list: where are they?")
-    with files.aside(path.with_suffix(".npy")) as file:
-        np.save(file, np.array(kept, np.int32))
-    unfinished.replace(path)
+        unfinished.unlink(missing_ok=True)
 
 
 class Packed:

@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import uuid
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pooch
 from sklearn.feature_extraction.text import CountVectorizer
 
+from examples.lab import files
 from examples.lab.errors import UserError
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
@@ -80,7 +80,7 @@ def read_glove(path: Path, numbers: dict[str, int], size: int) -> dict[int, np.n
 
 
 def _download(data_dir: Path) -> None:
-    unfinished = data_dir / f"aclImdb.{uuid.uuid4().hex[:8]}.tmp"  # another process may do the same
+    unfinished = files.beside(data_dir / "aclImdb")
     unpack = pooch.Untar(extract_dir=unfinished.name)
     try:
         pooch.retrieve(URL, f"md5:{MD5}", fname="aclImdb_v1.tar.gz", path=data_dir, processor=unpack)

@@ -14,15 +14,20 @@ from typing import Any, BinaryIO
 def aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which is renamed to ``path`` when all is written. The folder is made where missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # another process may write the same
+    unfinished = beside(path)
     try:
-        with temporary.open("wb") as file:
+        with unfinished.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        unfinished.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A name in the same folder that no other process takes."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def write(path: Path, content: bytes) -> None:

@@ -33,21 +33,18 @@ def two_stages(
     loss, second_loss = recipe.losses
     turn = round(recipe.begin * recipe.epochs)
     weighted = {"loss": second_loss, "class_weights": recipe.loss.startswith("cb-"), "method": recipe.make_method()}
-    changed = weighted != {"loss": loss, "class_weights": False, "method": SGD} or second_rate != 1
-    changed |= any(
-        shared.get(name, Stage.__dataclass_fields__[name].default) != v for name, v in (second or {}).items()
-    )
-    if turn == recipe.epochs and changed:
-        raise UsageError(f"--begin {recipe.begin} --epochs {recipe.epochs}: no epoch is left for the second stage.")
     copied = ("batch_size", "momentum", "weight_decay", "balanced_batches")
     first = {"loss": loss, "method": SGD} | {name: getattr(recipe, name) for name in copied} | shared
+    then = first | weighted | dict(second or {})
+    if turn == recipe.epochs and (second_rate != 1 or Stage(**then) != Stage(**first)):
+        raise UsageError(f"--begin {recipe.begin} --epochs {recipe.epochs}: no epoch is left for the second stage.")
     stages, done = [], 0
     for epochs, (begin, end) in _cut(lines, turn, shared.get("rate_by_epoch", False)):
         if done < turn:
             stages.append(Stage(epochs=epochs, rate=(begin, end), **first))
         else:
             rate = second_rate * begin, second_rate * end
-            stages.append(Stage(epochs=epochs, rate=rate, **(first | weighted | dict(second or {}))))
+            stages.append(Stage(epochs=epochs, rate=rate, **then))
         done += epochs
     if recipe.classifier is not None:
         stages.append(Stage(classifier=recipe.classifier, loss=second_loss))
