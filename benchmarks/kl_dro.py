@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -25,8 +24,6 @@ from rich.progress import Progress
 import absgd_jax
 from benchmarks.harness.records import Record, publish, table
 from examples.lab.errors import UserError
-
-matplotlib.use("Agg")
 
 ARCHIVE = "https://ndownloader.figshare.com/files/5976036"  # what scikit-learn downloads
 SHA256 = "aaa5c9a6afe2225cc2aed2723682ae403280c4a3695a2ddda4ffb5d8215ea681"

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -30,8 +29,6 @@ import absgd_jax
 from benchmarks.harness import programs
 from benchmarks.harness.records import Record, publish, table
 from examples.lab.errors import UserError
-
-matplotlib.use("Agg")
 
 INPUTS, CLASSES, TEMPERATURE, RATE = 64, 10, 0.1, 1e-4
 ROUNDING = 1e-5  # what float32 sums of thousands of numbers may be off by

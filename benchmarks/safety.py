@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import mpmath
 import numpy as np
@@ -28,11 +27,9 @@ import optax
 import tyro
 
 import absgd_jax
+from benchmarks.harness.names import OURS, PUBLISHED
 from benchmarks.harness.records import Record, publish, table
 
-matplotlib.use("Agg")
-
-OURS, PUBLISHED = "absgd_jax", "absgd 0.0.1 (PyTorch)"
 BATCH, BEFORE, AFTER = 8, 2, 50
 DIGITS, ROUNDINGS, CAP = 60, 8, 0.1
 TEMPERATURES = tuple(sign * size for size in (1e-4, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e8) for sign in (1, -1))

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import tyro
 from jax.sharding import PartitionSpec as P
@@ -28,8 +27,6 @@ from benchmarks.harness import programs, steps
 from benchmarks.harness.records import Record, publish, table
 from examples.cifar_lt.augment import normalise
 from examples.lab.errors import UserError
-
-matplotlib.use("Agg")
 
 # Of the arithmetic, and assumed rather than measured: seconds for a message to reach a neighbour and be added (software
 # included), and bytes/s of a device's link; 400 Gbit/s is what each GPU of an NVIDIA DGX H100 or H200 has.

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import tyro
 from jax.sharding import PartitionSpec as P
@@ -29,8 +28,6 @@ from examples.lab.methods import Batch
 from examples.lab.methods.absgd import Absgd
 from examples.lab.methods.look_ahead import Meta
 from examples.lab.methods.recover import Recover
-
-matplotlib.use("Agg")
 
 DEVICES = 8
 CLASSES = 10

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -26,8 +25,6 @@ from scipy import stats
 import absgd_jax
 from benchmarks.harness.records import Record, publish, table
 from examples.lab.methods.recover import Recover
-
-matplotlib.use("Agg")
 
 POINTS, DIMENSION, BATCH, WRONG, TEMPERATURE, RIDGE = 200, 10, 4, 0.05, 0.1, 0.01
 SHORTEST, RATE = 256, 0.1  # η = RATE and γ = 1 at T = SHORTEST

@@ -4,6 +4,7 @@
 folder it does so for all results inside the experiment, and fills its README.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,24 @@ def validation_table(frame: Frame) -> str:
 def made_with(frame: Frame) -> str:
     hardware = "; ".join(sorted(set(frame.hardware)))
     versions = ", ".join(sorted({f"{name} {number}" for each in frame.versions for name, number in each.items()}))
-    seconds = frame.seconds.median()  # that of a run that was interrupted tells nothing
-    duration = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-    return f"{hardware}. The median run takes {duration}. {versions}."
+    median, all_of_them = duration(frame.seconds.median()), duration(cost(frame))
+    durations = f"{median} in the median, {all_of_them} in total with what they share counted once"
+    return f"Runs: {len(frame)}; {durations}. {hardware}. {versions}."
+
+
+def cost(frame: Frame) -> float:
+    """Seconds of all runs, where equal first stages are counted once."""
+    stages = {}
+    for run, lengths, seconds in zip(frame.config.str["run"], frame.stages, frame.seconds, strict=True):
+        for number, length in enumerate(lengths, start=1):
+            shared = json.dumps([run["task"], run["seed"], run["stages"][:number]])
+            stages.setdefault(shared, length * seconds / sum(lengths))
+    return sum(stages.values())
+
+
+def duration(seconds: float) -> str:
+    size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds >= s), (1, "s"))
+    return f"{seconds / size:.{0 if size == 1 else 1}f} {unit}"
 
 
 def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> str:

@@ -1,31 +1,35 @@
 """The comparison with the published package, with small networks."""
 
+import importlib
 import json
 
 import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("absgd")
-
 from benchmarks import published_package
-from benchmarks.published_package import PUBLISHED, ROUNDED, Options
+from benchmarks.harness.names import EPOCH, PUBLISHED, ROUNDED, STEPWISE
+from benchmarks.published_package import Options
+from examples.cifar_lt import data
 from examples.cifar_lt.data import Split
 from tests.reference import algorithm1
 
 SMALL = Options(depth=8, width=2, batch_size=4, steps=2, exact_steps=4, timed_steps=2, repeats=2)
 
 
-@pytest.fixture(autouse=True)
-def images(monkeypatch):
+@pytest.fixture
+def published(monkeypatch):
+    """The module that needs PyTorch, on random images."""
+    for name in ("torch", "absgd"):
+        pytest.importorskip(name)
     rng = np.random.default_rng(0)
     split = Split(rng.integers(0, 256, (32, 32, 32, 3), np.uint8), rng.integers(0, 10, 32, np.int32))
-    monkeypatch.setattr(published_package.data, "load", lambda dataset, folder: (split, split))
+    monkeypatch.setattr(data, "load", lambda dataset, folder: (split, split))
+    return importlib.import_module("benchmarks.harness.published")
 
 
-def test_the_two_agree_in_float64():
-    first, *steps = published_package.agreement(SMALL, SMALL.exact_depth, SMALL.exact_steps, np.float64)
+def test_the_two_agree_in_float64(published):
+    first, *steps = published.agreement(SMALL, SMALL.exact_depth, SMALL.exact_steps, np.float64)
     assert first["logits_difference"] < 1e-13
     assert {(record["method"], record["step"]) for record in steps} == {
         (method, step) for method in (PUBLISHED, ROUNDED) for step in (1, 2, 3, 4)
@@ -35,24 +39,24 @@ def test_the_two_agree_in_float64():
             assert record[name] < 1e-11, record
 
 
-def test_the_package_with_these_settings_is_algorithm_1():
+def test_the_package_with_these_settings_is_algorithm_1(published):
     with jax.enable_x64(True):
-        _, init, _ = published_package.make_ours(8, 2, np.float64)
-        arrays = published_package.torch_arrays(init(0).params)
-    network = published_package.make_network(8, 2, arrays)
-    images, labels = published_package.load(SMALL, 4)
+        _, init, _ = published.make_ours(8, 2, np.float64)
+        arrays = published.torch_arrays(init(0).params)
+    network = published.make_network(8, 2, arrays)
+    images, labels = published.load(SMALL, 4)
     batches = list(zip(images.astype(np.float64), labels, strict=True))
-    seen = list(published_package.published_steps(network, batches))
+    seen = list(published.published_steps(network, batches))
     losses = np.array([step.losses for step in seen])
     settings = {"temperature": 1.0, "gamma": 0.9, "learning_rate": 0.0}
     _, expected, _ = algorithm1(losses, np.zeros((*losses.shape, 1)), np.zeros(1), **settings)
     np.testing.assert_allclose([step.weights for step in seen], np.float64(expected), rtol=1e-12)
 
 
-def test_speed_on_the_cpu():
-    records = published_package.speed(SMALL)
+def test_speed_on_the_cpu(published):
+    records = published.speed(SMALL)
     assert [record["method"] for record in records] == [
-        PUBLISHED, published_package.STEPWISE, published_package.EPOCH,
+        PUBLISHED, STEPWISE, EPOCH,
     ]  # fmt: skip
     assert records[0]["ratio"] == {"median": 1, "min": 1, "max": 1}
     for record in records:
@@ -77,17 +81,16 @@ def rate(method, device, ratio):
 
 
 def test_targets_are_met_or_missed_and_what_was_not_run_is_said(tmp_path):
-    epoch = published_package.EPOCH
-    text = published_package.markdown([*trajectory(1e-12), rate(epoch, "cpu", 1.5)])
+    text = published_package.markdown([*trajectory(1e-12), rate(EPOCH, "cpu", 1.5)])
     assert "1.0e-12: met" in text
     assert "Accelerator: not run." in text
     assert "target" not in text
 
-    text = published_package.markdown([*trajectory(1e-3), rate(epoch, "gpu", 2.5)])
+    text = published_package.markdown([*trajectory(1e-3), rate(EPOCH, "gpu", 2.5)])
     assert "1.0e-03: missed" in text
     assert "target 3: missed" in text
     assert "CPU: not run." in text
-    assert "target 3: met" in published_package.markdown([*trajectory(0.0), rate(epoch, "gpu", 3.5)])
+    assert "target 3: met" in published_package.markdown([*trajectory(0.0), rate(EPOCH, "gpu", 3.5)])
 
     published_package.figure(trajectory(1e-12), tmp_path / "published_package.png")
     assert (tmp_path / "published_package.png").stat().st_size > 0

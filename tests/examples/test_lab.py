@@ -313,6 +313,16 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
     assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
 
 
+def test_what_runs_share_costs_once():
+    def of(stages, seconds, seed=0, lengths=(8, 2)):
+        run = {"task": {"is": "Clouds"}, "seed": seed, "stages": [{"rate": stage} for stage in stages]}
+        return {"config": {"run": run}, "stages": list(lengths), "seconds": seconds}
+
+    branches = [of([0.1, 0.2], 100.0), of([0.1, 0.3], 120.0), of([0.1, 0.2], 200.0, seed=1)]
+    assert report.cost(pd.DataFrame(branches)) == pytest.approx(100 + 0.2 * 120 + 200)
+    assert [report.duration(seconds) for seconds in (59, 60, 5400)] == ["59 s", "1.0 min", "1.5 h"]
+
+
 def test_lines_that_are_compared_are_of_the_same_seeds():
     runs = [("sgd", "ce", 0), ("sgd", "ce", 1), ("sgd", "ce", 2), ("absgd", "ce", 2), ("absgd", "ce", 0)]
     runs = pd.DataFrame([*runs, ("sgd", "focal", 1)], columns=["method", "loss", "seed"])
