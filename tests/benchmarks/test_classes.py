@@ -9,7 +9,6 @@ from benchmarks import classes
 from benchmarks.harness import programs
 from benchmarks.harness.records import RESULTS, read
 from examples.lab.config import Stage
-from examples.lab.losses import LOSSES
 from examples.lab.task import Split
 from examples.lab.train_step import Facts, first_state, train_step
 
@@ -17,7 +16,7 @@ from examples.lab.train_step import Facts, first_state, train_step
 def test_a_record_for_each_loss_none_of_which_grows_with_the_square_of_the_classes(tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "LEAST_SECONDS", 0)
     records = classes.measure(classes.Options(classes=(400,), features=8, batch_size=16, rounds=3, most_seconds=0.1))
-    assert [(r["classes"], r["loss"]) for r in records] == [(400, x) for x in (classes.BARE, *LOSSES)]
+    assert [(r["classes"], r["loss"]) for r in records] == [(400, x) for x in (classes.BARE, *classes.MEASURED)]
     # A loss for every label would take 400 times the FLOPs of one loss, which are a fifth of a bare step's here.
     for record in records:
         assert record["flops_ratio"] < 2, record
