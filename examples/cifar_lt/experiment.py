@@ -111,9 +111,13 @@ def _lines(recipe: CifarRecipe) -> list[Line]:
 
 LOSSES = ("ce", "focal", "ldam", "cb-ce", "cb-focal", "cb-ldam", "deferred-balanced-softmax")
 TEMPERATURES = (0.1, 1.0, 5.0, 10.0, 50.0)
-RADII = (0.05, 0.1, 0.3, 1.0)
 ABSGD = absgd(TEMPERATURES)
 BOUNDED = absgd((0.5, 1.0, 2.0), max_weight=3.0)
+RADII = [
+    {"method": "kl-radius", "kl_radius": radius, "max_weight": bound}
+    for radius in (0.05, 0.1, 0.3, 1.0)
+    for bound in (math.inf, 3.0)
+]
 
 LONG_TAIL = {
     # Weights of examples, on the losses of the paper.
@@ -129,7 +133,7 @@ LONG_TAIL = {
         {"method": "recover", "temperature": 1.0},
         {"method": "term", "temperature": 1.0},
         {"method": "adaptive-gamma", "temperature": 1.0, "log_alpha": -1.0},
-        *({"method": "kl-radius", "kl_radius": r, "loss": loss} for loss in ("ce", "cb-ce") for r in RADII),
+        *({"loss": loss, **changes} for loss in ("ce", "cb-ce") for changes in RADII),
         *({"loss": loss, **changes} for loss in ("ce", "cb-ce", "deferred-balanced-softmax") for changes in BOUNDED),
         *({"classifier": name} for name in ("ncm", "crt", "tau-norm", "lws")),
         {"momentum": 0.0},
