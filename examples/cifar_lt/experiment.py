@@ -178,6 +178,15 @@ def wrong_labels(right: float) -> list[dict[str, Any]]:
     return [{}, *({"begin": 0.0, **row} for row in at_once), *({"begin": 0.25, **row} for row in later)]
 
 
+def long_tail_with_wrong_labels(right: float) -> list[dict[str, Any]]:
+    """Rare examples and wrong ones both have large losses: λ of either sign, on cross entropy and on a better loss."""
+    positive = ({"begin": 0.25, **changes} for changes in BOUNDED)
+    better = (
+        {"loss": "deferred-balanced-softmax", **changes} for changes in ({}, *absgd((-1.0, -2.0, -5.0)), *BOUNDED)
+    )
+    return [*wrong_labels(right), *positive, *better]
+
+
 def misjudged(right: float) -> list[dict[str, Any]]:
     """The part of right labels, given right and wrong, on the runs to choose by."""
     fractions = [round(right + by, 4) for by in (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)]
@@ -196,7 +205,8 @@ def tables(base: CifarRecipe) -> dict[str, list[dict[str, Any]]]:
         return LONG_TAIL if ratio > 1 else {"balanced": BALANCED}
     # Asymmetric noise replaces labels of half of CIFAR-10's classes.
     right = RIGHT[people] if people else 1 - rate * (0.5 if (name, kind) == ("cifar10", "asym") else 1)
-    return {"noise": wrong_labels(round(right, 4)), "fraction": misjudged(right)}
+    noise = wrong_labels if ratio == 1 else long_tail_with_wrong_labels
+    return {"noise": noise(round(right, 4)), "fraction": misjudged(right)}
 
 
 FAST = CifarRecipe(preset="fast")
