@@ -143,13 +143,16 @@ LONG_TAIL = {
     ],
     # Where the second stage breaks: λ, the bound on the weights, and the learning rate, on the runs to choose by.
     "bounds": [
-        {"second_rate": rate, "validation": TUNING_VALIDATION, **changes}
-        for rate in (0.1, 1.0)
-        for changes in (
-            {},
-            *absgd((0.5, 1.0, 2.0, 5.0, 10.0)),
-            *absgd((0.5, 1.0, 2.0, 5.0, 10.0), max_weight=3.0),
-        )
+        *(
+            {"second_rate": rate, "validation": TUNING_VALIDATION, **changes}
+            for rate in (0.1, 1.0)
+            for changes in (
+                {},
+                *absgd((0.5, 1.0, 2.0, 5.0, 10.0)),
+                *absgd((0.5, 1.0, 2.0, 5.0, 10.0), max_weight=3.0),
+            )
+        ),
+        *({"loss": loss, "validation": TUNING_VALIDATION} for loss in ("cb-ce", "deferred-balanced-softmax")),
     ],
 }
 
