@@ -31,7 +31,7 @@ NEEDS = {  # numbers that a method must be given, and that others must not
     "log_alpha": ("adaptive-gamma",),
 }
 TAKES = {  # and need not be given
-    "max_weight": ("absgd", "term", "adaptive-gamma", "kl-radius", "trust", "focus"),
+    "max_weight": ("absgd", "within-class", "term", "adaptive-gamma", "kl-radius", "trust", "focus"),
     "gamma": ("absgd", "within-class", "kl-radius", "trust", "focus"),
 }
 

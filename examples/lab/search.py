@@ -7,9 +7,9 @@
      "candidates": [{"loss": "balanced-softmax", "method": "absgd", "temperature": 1.0, "max_weight": 3.0}],
      "choosing_seeds": 2, "confirmed": 1, "confirming_seeds": [100, 101, 102, 103, 104]}
 
-Baseline and candidates are trained without a validation split, by which the best candidates are chosen; these and the
-baseline are trained anew on all data with seeds that nothing was chosen by. The result is the difference on the test
-set, seed by seed, with Student's interval.
+Baseline and candidates are trained without a validation split, by which the best candidates are chosen among those
+that are better there than the baseline; these and the baseline are trained anew on all data with seeds that nothing was
+chosen by. The result is the difference on the test set, seed by seed, with Student's interval.
 """
 
 import dataclasses
@@ -62,12 +62,14 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
 
     train([run for row in (baseline, *candidates) for run in held_out(row)])
     by_validation = {row: accuracies(held_out(row), "validation_accuracy") for row in (baseline, *candidates)}
-    best = sorted(candidates, key=lambda row: -by_validation[row].mean())[: space["confirmed"]]
-    train([run for row in (baseline, *best) for run in anew(row)])
+    better = [row for row in candidates if by_validation[row].mean() > by_validation[baseline].mean()]
+    best = sorted(better, key=lambda row: -by_validation[row].mean())[: space["confirmed"]]
+    compared = [baseline, *best] if best else []
+    train([run for row in compared for run in anew(row)])
     result = []
     for row, scores in by_validation.items():
         line = {"recipe": experiment.name_of(row), "method": row.method, "validation": scores.tolist()}
-        if row in best or row == baseline:
+        if row in compared:
             test = accuracies(anew(row), "accuracy")
             line |= {"test": test.tolist(), "difference": (test - accuracies(anew(baseline), "accuracy")).tolist()}
         if row in best:
@@ -79,9 +81,10 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
 
 def _write(folder: Path, space: dict[str, Any], result: list[dict[str, Any]]) -> None:
     files.write_json(folder / "result.json", {"space": space, "result": result})
-    figure = figures.differences([line for line in result if "interval" in line])
-    figure.savefig(folder / "result.png")
-    plt.close(figure)
+    if confirmed := [line for line in result if "interval" in line]:
+        figure = figures.differences(confirmed)
+        figure.savefig(folder / "result.png")
+        plt.close(figure)
     files.write(folder / "result.md", f"{markdown(result)}\n".encode())
 
 

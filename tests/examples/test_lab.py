@@ -600,6 +600,17 @@ def test_a_search_confirms_what_validation_chose(space, tmp_path, capsys):
     assert (tmp_path / "result.png").is_file()
 
 
+def test_a_candidate_that_validation_finds_no_better_is_not_confirmed(space, tmp_path, capsys):
+    """At a λ that is as good as infinite it is the baseline, and no seed is spent on the comparison."""
+    equal = [{"method": "absgd", "temperature": 1e30}]
+    (tmp_path / "space.json").write_text(json.dumps(space | {"candidates": equal, "choosing_seeds": 1}))
+    assert cli.main(EXPERIMENT, ["search", str(tmp_path), "--work", str(tmp_path / "work")]) == 0
+    baseline, candidate = json.loads((tmp_path / "result.json").read_text())["result"]
+    assert candidate["validation"] == baseline["validation"]
+    assert capsys.readouterr().out.count("not confirmed") == 2
+    assert not [*tmp_path.glob("tiny/clouds/*-s10[0-9].json"), *tmp_path.glob("result.png")]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -138,6 +138,26 @@ def test_within_a_class(lam):
     assert set(np.flatnonzero(state.mass)) == set(present)
 
 
+def test_weights_within_a_class_are_bounded():
+    """The first batch is taken by SGD; then a loss is compared to its class's mean in that batch, and bounded."""
+    lam, bound = 0.8, 1.2
+    method = WithinClass(lam, 0.1, bound)
+    with jax.enable_x64(True):
+        state = method.init(None, (9, C))
+    first, second = (-WEIGHTS * np.log(given(probabilities(kernel))) for kernel in (KERNEL, 2 * KERNEL))
+    _, state, info = gradient(method, state)
+    np.testing.assert_allclose(info.weights, 1, rtol=1e-9)
+    _, _, info = gradient(method, state, kernel=2 * KERNEL)
+    largest = 0
+    for c in np.unique(LABELS):
+        own = c == LABELS
+        tilted = np.exp((second[own] - first[own].mean()) / lam)
+        largest = max(largest, tilted.max())
+        tilted = np.minimum(tilted, bound)
+        np.testing.assert_allclose(info.weights[own], tilted / tilted.mean(), rtol=1e-6)
+    assert largest > bound
+
+
 def test_early_learning():
     """Two visits of the same examples, the target without a gradient."""
     places, method = np.array([8, 1, 3, 0, 5, 6, 2]), EarlyLearning(3.0, beta=0.7)

@@ -1,6 +1,7 @@
 """ABSGD within each class: an example is compared with the others of its class, and every class keeps its weight."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ class WithinClass:
 
     temperature: float  # λ, in units of loss
     gamma: float
+    max_weight: float = math.inf
 
     needs_held_out = False
 
     def weighting(self):
-        return absgd_jax.weight_by_absgd(self.temperature, self.gamma, bias_correction=True)
+        return absgd_jax.weight_by_absgd(self.temperature, self.gamma, max_weight=self.max_weight, bias_correction=True)
 
     def init(self, params, size):
         del params
@@ -46,4 +48,4 @@ class WithinClass:
         return grads, after, Info(values, weights, jnp.mean(after.risk), jnp.float32(self.temperature), aux)
 
 
-BY_NAME = {"within-class": lambda recipe: WithinClass(recipe.temperature, recipe.gamma)}
+BY_NAME = {"within-class": lambda recipe: WithinClass(recipe.temperature, recipe.gamma, recipe.max_weight)}
