@@ -93,7 +93,7 @@ def markdown(result: list[dict[str, Any]]) -> str:
     rows = []
     for line in [result[0], *sorted(result[1:], key=lambda line: -np.mean(line["validation"]))]:
         row = {"recipe": line["recipe"], "validation accuracy": f"{np.mean(line['validation']):.2f}"}
-        row |= {"test accuracy": "not confirmed", "difference": "", "95 % interval": ""}
+        row |= {"test accuracy": "" if line is result[0] else "not confirmed", "difference": "", "95 % interval": ""}
         if "test" in line:
             row["test accuracy"] = spread(pd.Series(line["test"]))
         if "interval" in line:
