@@ -22,7 +22,7 @@ from rich.progress import track
 
 from benchmarks.harness import programs
 from benchmarks.harness.records import Record, publish, table
-from examples.lab import style
+from examples import style
 from examples.lab.config import Stage
 from examples.lab.errors import UserError
 from examples.lab.losses import LOSSES

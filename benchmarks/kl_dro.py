@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 import absgd_jax
 from benchmarks.harness.records import Record, publish, table
-from examples.lab.errors import UserError
+from examples.lab import files
 
 ARCHIVE = "https://ndownloader.figshare.com/files/5976036"  # what scikit-learn downloads
 SHA256 = "aaa5c9a6afe2225cc2aed2723682ae403280c4a3695a2ddda4ffb5d8215ea681"
@@ -144,15 +144,8 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """Standardised features with a column of ones, shape (20640, 9), and targets in 100,000 dollars."""
     path = data_dir / "cal_housing.data"
     if not path.is_file():
-        try:
-            files = pooch.retrieve(ARCHIVE, SHA256, processor=pooch.Untar(), path=data_dir)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{path} is missing, and {ARCHIVE} could not be downloaded ({reason}). Put it there by hand, or name "
-                "its folder with --data-dir."
-            ) from None
-        path = next(Path(name) for name in files if name.endswith("cal_housing.data"))
+        names = files.download(ARCHIVE, SHA256, data_dir / Path(ARCHIVE).name, path, pooch.Untar())
+        path = next(Path(name) for name in names if name.endswith("cal_housing.data"))
     columns = np.loadtxt(path, delimiter=",").T
     longitude, latitude, age, rooms, bedrooms, population, households, income, value = columns
     per_household = rooms / households, bedrooms / households, population / households
@@ -322,8 +315,8 @@ def figure(records: list[Record], path: Path) -> None:
         axis.set_title(f"λ = {temperature:g}")
         axis.set_xlabel("epoch")
     axes[0].set_ylabel("F − F*, median over the seeds")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    fig.savefig(path, dpi=110)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.savefig(path)
     plt.close(fig)
 
 

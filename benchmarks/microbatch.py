@@ -28,6 +28,7 @@ from rich.progress import Progress
 import absgd_jax
 from benchmarks.harness import programs
 from benchmarks.harness.records import Record, publish, table
+from examples import style
 from examples.lab.errors import UserError
 
 INPUTS, CLASSES, TEMPERATURE, RATE = 64, 10, 0.1, 1e-4
@@ -267,21 +268,21 @@ def figure(records: list[Record], path: Path) -> None:
         axes[1].loglog(numbers, [record["gradient_error"] for record in of_count], marker="o", label=label)
         if count == 1:
             averaged = [(record["microbatches"], record["averaging_error"]) for record in of_count[1:]]
-            axes[1].loglog(*zip(*averaged, strict=True), color="grey", ls="--", label="averaged")
+            axes[1].loglog(*zip(*averaged, strict=True), color=style.SGD, ls="--", label="averaged")
             low, high = zip(*(record["time_ratio_quartiles"] for record in of_count), strict=True)
             axes[2].semilogx(numbers, [record["time_ratio"] for record in of_count], marker="o")
             axes[2].fill_between(numbers, low, high, alpha=0.3)
-            axes[2].axhline(1.02, color="grey", ls="--")
+            axes[2].axhline(1.02, color=style.SGD, ls="--")
     axes[0].set_ylabel("memory of a device, MB")
     axes[1].set_ylabel("relative error of the gradient")
     axes[2].set_ylabel("time / plain accumulation")
-    axes[1].legend(frameon=False)
+    axes[1].legend()
     for axis in axes:
         axis.set_xlabel("micro-batches")
         numbers = sorted({record["microbatches"] for record in records})
         axis.set_xticks(numbers, [str(number) for number in numbers])
         axis.minorticks_off()
-    fig.savefig(path, dpi=110)
+    fig.savefig(path)
     plt.close(fig)
 
 

@@ -3,8 +3,8 @@
 python -m benchmarks.photographs
 
 The laboratory's input pipeline decodes two photographs that come with scikit-learn, packed as training images of
-ImageNet-LT are, on one core and on all (cores are chosen on Linux alone). What accelerators take is not measured:
-others have published it. The time of the collectives is arithmetic, as in the benchmark of scaling.
+ImageNet-LT are, on one core and on all (Linux only: it lets a process choose its cores). What accelerators take is
+not measured: others have published it. The time of the collectives is arithmetic, as in the benchmark of scaling.
 """
 
 import dataclasses
@@ -28,11 +28,12 @@ from flax import nnx
 from rich.progress import track
 
 from benchmarks.harness.records import Record, publish, table
+from benchmarks.harness.steps import MERGED
 from benchmarks.scaling import HOP, LINK, all_reduce_seconds
+from examples import style
 from examples.imagenet_lt.data import Packed, pack
 from examples.imagenet_lt.resnet import ResNet
 from examples.imagenet_lt.task import Photographs
-from examples.lab import style
 from examples.lab.input_pipeline import stream
 from examples.lab.task import Split
 
@@ -140,7 +141,7 @@ def markdown(records: list[Record]) -> str:
     for name, of in PUBLISHED.items():
         step = of.batch_size * of.devices / of.images_per_second
         gradients = all_reduce_seconds(of.devices, 4 * last["parameters"])
-        numbers = all_reduce_seconds(of.devices, 12 * of.devices)  # three float32 of each device
+        numbers = all_reduce_seconds(of.devices, MERGED * of.devices)
         rows.append(
             {
                 "accelerators": name,

@@ -135,8 +135,8 @@ def figure(records: list[Record], path: Path) -> None:
         axis.semilogy([r["step"] for r in chosen], [r["parameter_distance"] for r in chosen], style, label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("distance / distance moved")
-    fig.legend(loc="outside lower center", frameon=False, fontsize="small")
-    fig.savefig(path, dpi=110)
+    fig.legend(loc="outside lower center", fontsize="small")
+    fig.savefig(path)
     plt.close(fig)
 
 

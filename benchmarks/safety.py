@@ -321,8 +321,8 @@ def figure(records: list[Record], path: Path) -> None:
     axis.set_xticks(list(centres.values()), list(centres), rotation=30, ha="right")
     axis.set_yticks([1e-9, 1e-6, 1e-3, 1, 1e3], ["≤ 1e-9", "1e-6", "1e-3", "1", "not finite"])
     axis.set_ylabel("largest relative error of a weight")
-    axis.legend(frameon=False)
-    fig.savefig(path, dpi=110)
+    axis.legend()
+    fig.savefig(path)
     plt.close(fig)
 
 

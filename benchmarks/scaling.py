@@ -98,18 +98,23 @@ def make_images(setting: Setting) -> tuple[jax.Array, jax.Array]:
     return jnp.resize(few, (setting.examples, *few.shape[1:])), labels
 
 
-def training(options: Options, setting: Setting, name: str, axis_name: str | None = None) -> Any:
-    """``step(run, images, labels) -> run`` and ``init() -> run``, of a single run or of several at once."""
+def training(options: Options, setting: Setting, name: str, devices: int = 1) -> Any:
+    """``step(run, images, labels) -> run`` and ``init() -> run``, of a single run or of several at once.
+
+    Of several devices the step is that of one, and the state that of all.
+    """
     losses, init_network = steps.network(options.depth, options.width, setting.classes)
 
     def init_run(temperature, count):
-        return Run(count, temperature, steps.first_state(steps.methods(temperature)[name], *init_network()))
+        return Run(
+            count, temperature, steps.first_state(steps.methods(temperature)[name], *init_network(), devices=devices)
+        )
 
     def step(run, images, labels):
         places = jax.random.randint(
             jax.random.fold_in(jax.random.key(0), run.count), (setting.batch_size,), 0, len(labels)
         )
-        take_step = steps.make_step(steps.methods(run.temperature)[name], losses, axis_name)
+        take_step = steps.make_step(steps.methods(run.temperature)[name], losses, "data" if devices > 1 else None)
         return Run(run.count + 1, run.temperature, take_step(run.state, normalise(images[places]), labels[places]))
 
     if setting.runs == 1:
@@ -121,18 +126,11 @@ def training(options: Options, setting: Setting, name: str, axis_name: str | Non
 
 def data_parallel(options: Options, setting: Setting, name: str, devices: int) -> Any:
     """The same for several devices, each with its part of the images and of the batch."""
-    step, init = training(options, setting, name, "data")
+    step, init = training(options, setting, name, devices)
     # Each device has the statistics of its own part of the batch.
     specs = Run(P(), P(), steps.State(P(), P("data"), P(), P()))
-
-    def init_all():
-        run = init()
-        stats = jax.tree.map(lambda x: jnp.concatenate([x] * devices), run.state.stats)
-        return run._replace(state=run.state._replace(stats=stats))
-
-    return jax.shard_map(
-        step, mesh=programs.mesh(devices), in_specs=(specs, P("data"), P("data")), out_specs=specs
-    ), init_all
+    places = {"in_specs": (specs, P("data"), P("data")), "out_specs": specs}
+    return jax.shard_map(step, mesh=programs.mesh(devices), **places), init
 
 
 # --- results
@@ -228,7 +226,7 @@ def all_reduce_seconds(devices: int, size: float) -> float:
 def projection(record: Record, devices: int) -> dict[str, float]:
     """Seconds of a step on many devices, from that of SGD on one."""
     gradients = all_reduce_seconds(devices, 4 * record["parameters"])
-    numbers = all_reduce_seconds(devices, 12 * devices)  # three float32 of each device
+    numbers = all_reduce_seconds(devices, steps.MERGED * devices)
     sgd = record["seconds_per_step"]
     return {
         "gradients": gradients,
@@ -316,7 +314,7 @@ def figure(records: list[Record], path: Path) -> None:
     axes[0][0].set_ylim(0)
     axes[0][0].set_ylabel("images/s")
     axes[1][0].set_ylabel("time of ABSGD / SGD")
-    fig.savefig(path, dpi=110)
+    fig.savefig(path)
     plt.close(fig)
 
 

@@ -33,7 +33,6 @@ DEVICES = 8
 CLASSES = 10
 SLOW = ("RECOVER", "META")  # two and more gradients a step: there is nothing to measure to 0.5 %
 COMPARED = ("flops", "bytes", "temporary_bytes")
-NUMBERS = 3 * 4 * DEVICES  # bytes of the collective that merges the devices' risks: three numbers of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,6 @@ class Options:
 
     models: tuple[Literal["MLP", "ResNet", "transformer"], ...] = ("MLP", "ResNet", "transformer")
     """Networks to measure."""
-    methods: tuple[str, ...] = ("SGD", "ABSGD", "mini-batch softmax", "RECOVER", "META")
-    """Methods to measure; the first is what the others are compared with."""
     batch_size: int = 128
     """Examples in a batch."""
     depth: int = 32
@@ -164,9 +161,9 @@ def collectives(options: Options) -> dict[tuple[str, str], Record]:
     found = {}
     for model in options.models:
         problem = MODELS[model](options)
-        for name in SPREAD.keys() & options.methods:
-            step = on_each_device(make_step(SPREAD[name], problem.losses, "data"), DEVICES)
-            init = partial(first_state, SPREAD[name], problem.params, problem.stats, DEVICES)
+        for name, method in SPREAD.items():
+            step = on_each_device(make_step(method, problem.losses, "data"), DEVICES)
+            init = partial(first_state, method, problem.params, problem.stats, DEVICES)
             met = programs.collectives(programs.compile_step(step, init, *problem.batch[:2]).compiled)
             found[model, name] = {
                 "collectives": len(met),
@@ -185,16 +182,16 @@ def measure(options: Options) -> list[Record]:
             problem = MODELS[model](options)
             compiled = {
                 name: programs.compile_step(
-                    make_step(METHODS[name], problem.losses),
-                    partial(first_state, METHODS[name], problem.params, problem.stats),
+                    make_step(method, problem.losses),
+                    partial(first_state, method, problem.params, problem.stats),
                     *problem.batch,
                 )
-                for name in options.methods
+                for name, method in METHODS.items()
             }
             seconds, ratios = programs.time_ratios(
                 compiled, problem.batch, options.rounds, rarely=SLOW, most_seconds=options.most_seconds
             )
-            base = cost_of(compiled[options.methods[0]])
+            base = cost_of(compiled["SGD"])
             for method, step in compiled.items():
                 cost = cost_of(step)
                 median, quartiles = programs.quartiles(ratios[method])
@@ -240,7 +237,7 @@ def targets(records: list[Record]) -> list[tuple[str, str, float, float]]:
                 absgd["model"],
                 "bytes of collectives beyond SGD's",
                 sum(absgd["collective_bytes"]) - sum(sgd["collective_bytes"]),
-                NUMBERS,
+                steps.MERGED * DEVICES,
             ),
         ]
     return rows
@@ -307,8 +304,8 @@ def figure(records: list[Record], path: Path) -> None:
         axis.axvline(1, color="black", lw=1)
         axis.set_title(model)
         axis.set_xlabel("relative to SGD")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    fig.savefig(path, dpi=110)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.savefig(path)
     plt.close(fig)
 
 

@@ -173,7 +173,7 @@ def figure(records: list[Record], path: Path) -> None:
     axis.set_xlabel("number of steps T")
     axis.set_ylabel("mean of ‖∇F(w)‖² over the steps")
     axis.legend(fontsize=8)
-    fig.savefig(path, dpi=110)
+    fig.savefig(path)
     plt.close(fig)
 
 

@@ -2,8 +2,9 @@
 
 python -m examples.gains
 
-Writes gains.png beside this file, from the records alone. A row is a dataset and a loss. A gain is that of the strength
-which validation chose, or of the only one, seed by seed over SGD with the same loss; a line is a standard deviation.
+Writes gains.png beside this file, from the records alone. A row is a dataset and a loss. Gains are over SGD with the
+same loss and seed, at the strength that validation chose or the only one; lines reach one standard deviation to either
+side.
 """
 
 from pathlib import Path
@@ -13,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from examples.lab import figures, report, style
+from examples import style
+from examples.lab import figures, report
 from examples.readme import fill
 
 FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "trust": ("D", style.RIVALS[1])}

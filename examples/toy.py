@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -25,12 +24,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 import absgd_jax
-
-matplotlib.use("Agg")
+from examples import style
 
 COUNTS, CENTRES, SPREAD = (100, 10), ((0.0, 0.0), (1.9, 1.0)), 0.7  # of the majority, class 0, and the minority, 1
 FIRST_STEPS, LEARNING_RATE, TEMPERATURE = 10, 1.0, 0.5
-COLOURS = np.array(["#0072B2", "#D55E00"])  # told apart by colour-blind eyes too
+COLOURS = np.array([style.ABSGD, style.RIVALS[0]])
 STYLES = ("--", "before"), ("-", "after")
 AREA = 18  # in square points, of the marker of an example with weight 1
 
@@ -73,7 +71,6 @@ def balanced_accuracy(params, x, y) -> float:
 
 def figure(x, y, before, steps, path: Path) -> None:
     """One panel a method: the boundary before and after its step, and the examples, as large as they weigh."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     options = {"layout": "compressed", "gridspec_kw": {"wspace": 0.1}}
     fig, axes = plt.subplots(1, 2, figsize=(7.8, 4.6), sharex=True, sharey=True, **options)
     (left, bottom), (right, top) = x.min(0) - 0.3, x.max(0) + 0.3
@@ -95,8 +92,8 @@ def figure(x, y, before, steps, path: Path) -> None:
     marks = [plt.scatter([], [], AREA * weight, colour, label=label) for colour, weight, label in dots]
     lines = [Line2D([], [], color="black", ls=ls, label=f"boundary {at}") for ls, at in STYLES]
     moved = Patch(color=COLOURS[1], alpha=0.2, lw=0, label="now classified as minority")
-    fig.legend(handles=[*marks, *lines, moved], loc="outside lower center", ncols=4, frameon=False)
-    fig.savefig(path, dpi=120)
+    fig.legend(handles=[*marks, *lines, moved], loc="outside lower center", ncols=4)
+    fig.savefig(path)
     plt.close(fig)
 
 

@@ -43,14 +43,6 @@ class State(NamedTuple):
 # --- absgd_jax
 
 
-def logits_of(model: ResNet, images: jax.Array, train: bool) -> jax.Array:
-    """As the model's own, but with a mean that is not float32 in float64."""
-    x = nnx.relu(model.stem(images.astype(model.dtype), train=train))
-    for block in model.blocks:
-        x = block(x, train=train)
-    return model.classifier(jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)))
-
-
 def make_ours(depth: int, width: int, dtype: Any) -> tuple[Any, Callable[[Any], State], Callable[..., Any]]:
     """``graphdef``, ``init(seed) -> State`` and ``step(state, images, labels) -> (State, losses)``."""
 
@@ -69,7 +61,7 @@ def make_ours(depth: int, width: int, dtype: Any) -> tuple[Any, Callable[[Any], 
     def step(state, images, labels):
         def per_example_loss(params, images, labels):
             model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(model, images, train=True), labels)
+            losses = optax.softmax_cross_entropy_with_integer_labels(model(images, train=True), labels)
             return losses, (losses, nnx.state(model, nnx.BatchStat))
 
         risk_and_grad = absgd_jax.value_and_grad(per_example_loss, has_aux=True)
@@ -190,7 +182,7 @@ def load(options: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
     train, _ = data.load("cifar10", options.data_dir)
     order = np.random.default_rng(options.seed).permutation(len(train.labels))
     order = np.resize(order, (steps, options.batch_size))
-    return np.asarray(normalise(jnp.asarray(train.images[order]))), train.labels[order]
+    return np.asarray(normalise(jnp.asarray(train.inputs[order]))), train.labels[order]
 
 
 def agreement(options: Any, depth: int, steps: int, dtype: Any) -> Iterator[Record]:
@@ -230,7 +222,7 @@ def forward(graphdef: Any, state: State, network: nn.Module, batch: Any) -> floa
     """The largest difference of the logits, relative to the largest logit, in training and in evaluation."""
 
     def ours(images, train):
-        return logits_of(nnx.merge(graphdef, state.params, state.batch_stats, copy=True), images, train)
+        return nnx.merge(graphdef, state.params, state.batch_stats, copy=True)(images, train=train)
 
     def theirs(images, train):
         with torch.no_grad():

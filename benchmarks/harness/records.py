@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import examples.lab.style  # noqa: F401  all figures have one style
+import examples.style  # noqa: F401  all figures have one style
 from examples.environment import hardware, versions
 from examples.lab.errors import UserError
 

@@ -5,20 +5,19 @@ import jax.numpy as jnp
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
-PAD = 4
 SIZE = 32
 
 
-def pad(images: jax.Array, pixels: int = PAD, mode: str = "constant") -> jax.Array:
-    """Frames images (N, 32, 32, 3) with black pixels, to (N, 40, 40, 3) if 4, or as another mode of jnp.pad has it."""
+def pad(images: jax.Array, pixels: int, mode: str = "constant") -> jax.Array:
+    """Images (N, 32, 32, 3) with a frame of ``pixels`` on each side; ``mode`` is that of jnp.pad."""
     return jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode=mode)
 
 
-def crop_and_flip(framed: jax.Array, key: jax.Array, pixels: int = PAD) -> jax.Array:
+def crop_and_flip(framed: jax.Array, key: jax.Array, pixels: int) -> jax.Array:
     """A random crop, mirrored half of the time, of each image, in one gather.
 
     Args:
-      framed: images with their frames, shape (B, 40, 40, 3).
+      framed: images with their frames, shape (B, 32 + 2 pixels, 32 + 2 pixels, 3).
       key: the random key.
       pixels: the width of the frame.
 

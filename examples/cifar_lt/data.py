@@ -8,16 +8,12 @@ import numpy as np
 import pooch
 
 from examples.cifar_lt import safe_pickle
+from examples.lab import files
 from examples.lab.errors import UserError
+from examples.lab.task import Split
 
 IMAGE_BYTES = 3 * 32 * 32
-
-
-class Split(NamedTuple):
-    """Images and their classes."""
-
-    images: np.ndarray  # shape=(N, 32, 32, 3), dtype=uint8
-    labels: np.ndarray  # shape=(N,), dtype=int32
+TRAIN, TEST = 50_000, 10_000  # images
 
 
 class Archive(NamedTuple):
@@ -35,14 +31,6 @@ class Archive(NamedTuple):
     @property
     def url(self) -> str:
         return f"https://www.cs.toronto.edu/~kriz/{self.name}"
-
-    @property
-    def test_size(self) -> int:
-        return 10_000
-
-    @property
-    def train_size(self) -> int:
-        return 50_000
 
 
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -93,7 +81,9 @@ ARCHIVES = {
 
 
 def load(dataset: str, data_dir: Path) -> tuple[Split, Split]:
-    """The training and the test split; the binary archive is downloaded where neither of the two is in ``data_dir``.
+    """The training and the test split, images of shape (N, 32, 32, 3) and dtype uint8.
+
+    The binary archive is downloaded where neither of the two is in ``data_dir``.
 
     Raises:
       UserError: if a file is missing, truncated or not what it should be, or the download fails.
@@ -102,26 +92,13 @@ def load(dataset: str, data_dir: Path) -> tuple[Split, Split]:
     archive = next((a for a in archives if (data_dir / a.folder).is_dir()), None)
     if archive is None:
         archive = archives[0]
-        download(archive, data_dir)
+        unpack = pooch.Untar(extract_dir=".")
+        files.download(archive.url, f"md5:{archive.md5}", data_dir / archive.name, data_dir / archive.folder, unpack)
     splits = []
-    for names, total in ((archive.train, archive.train_size), (archive.test, archive.test_size)):
+    for names, total in ((archive.train, TRAIN), (archive.test, TEST)):
         parts = [read(data_dir / archive.folder / name, archive, total // len(names)) for name in names]
         splits.append(Split(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
     return splits[0], splits[1]
-
-
-def download(archive: Archive, data_dir: Path) -> None:
-    """Downloads an archive into ``data_dir``, checks it and unpacks it there."""
-    unpack = pooch.Untar(extract_dir=".")
-    try:
-        pooch.retrieve(archive.url, f"md5:{archive.md5}", fname=archive.name, path=data_dir, processor=unpack)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{data_dir} has no folder {archive.folder}, and {archive.url} could not be downloaded ({reason}). "
-            f"Download it elsewhere, unpack it into {data_dir}, or name the folder that holds {archive.folder} with "
-            "--data-dir."
-        ) from None
 
 
 def read(path: Path, archive: Archive, size: int) -> Split:

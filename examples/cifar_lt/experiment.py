@@ -13,7 +13,7 @@ from examples.cifar_lt.task import Cifar
 from examples.lab.config import Run
 from examples.lab.experiment import TUNING_VALIDATION, Experiment, absgd
 from examples.lab.losses import NEEDS_COSINES
-from examples.lab.recipe import OF_CROSS_ENTROPY, Recipe
+from examples.lab.recipe import Recipe
 from examples.lab.schedule import Line, two_stages
 
 
@@ -34,14 +34,8 @@ class CifarRecipe(Recipe):
     """Peak of the learning rate."""
     second_rate: float = 1.0
     """Factor on the learning rate in the second stage."""
-    decay: float = 0.01
-    """Of a ResNet: factor on the learning rate after 80 %, and again after 90 % of the epochs."""
     weight_decay: float = 1e-3
     batch_size: int = 64
-    trained: str = "all"
-    """What the second stage trains: all, last-block (with the classifier) or classifier."""
-    mixup: bool = False
-    """Mix each image with another one of the batch."""
     n_max: int | None = None
     """Training images of the largest class. None takes all there are."""
     test_per_class: int | None = None
@@ -63,14 +57,9 @@ class CifarRecipe(Recipe):
             == "shallow"
             or (depth >= 8 and depth % 6 == 2 and int(parts[2]) >= 1),
             f"--second-rate {self.second_rate}: it must be above 0 and finite": 0 < self.second_rate < math.inf,
-            f"--decay {self.decay}: it must be above 0 and at most 1": 0 < self.decay <= 1,
-            f"--trained {self.trained}: choose from {', '.join(Cifar.PARTS)}": self.trained in Cifar.PARTS,
             f"--n-max {self.n_max}: it must be at least 1": self.n_max is None or self.n_max >= 1,
             f"--test-per-class {self.test_per_class}: it must be from 1 to 1000": (
                 self.test_per_class is None or 1 <= self.test_per_class <= 1000
-            ),
-            f"--mixup gives an example two classes, and --method {self.method} needs one": not (
-                self.mixup and self.method in ("within-class", "elr", *OF_CROSS_ENTROPY)
             ),
             "--classifier replaces a linear classifier, and LDAM's is none": self.classifier is None
             or self.losses[1] not in NEEDS_COSINES,
@@ -86,10 +75,8 @@ def make_run(recipe: CifarRecipe) -> Run:
         recipe,
         _lines(recipe),
         second_rate=recipe.second_rate,
-        second={"trained": recipe.trained},
         nesterov=recipe.network == "shallow",
         rate_by_epoch=recipe.network != "shallow",
-        mixup=recipe.mixup,
     )
     shallow = recipe.network == "shallow"
     task = recipe.make_task(Cifar, network_name=recipe.network, shift=2 if shallow else 4, flipped_test=shallow)
@@ -104,7 +91,7 @@ def _lines(recipe: CifarRecipe) -> list[Line]:
         return [(rise, (0.0, peak)), (epochs - rise, (peak, 0.0))]
     # As the published code: rising by epochs to the peak, divided after 80 % and again after 90 %.
     rise, first, second = min(5, epochs // 4), math.ceil(0.8 * epochs), math.ceil(0.9 * epochs)
-    low, lowest = peak * recipe.decay, peak * recipe.decay * recipe.decay
+    low, lowest = peak / 100, peak / 10_000
     parts = [(rise, (peak / max(rise, 1), peak)), (first - rise, (peak, peak))]
     return [*parts, (second - first, (low, low)), (epochs - second, (lowest, lowest))]
 
@@ -229,7 +216,6 @@ PRESETS = {
         network="resnet-8-4",
         epochs=5,
         rate=0.1,
-        decay=0.1,
         batch_size=32,
         n_max=100,
         test_per_class=20,

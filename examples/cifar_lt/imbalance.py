@@ -10,12 +10,12 @@ def class_counts(imbalance: str, ratio: float, classes: int, n_max: int) -> np.n
 
     .. math::
         n_i = n_{\max}\, \rho^{-i/(C-1)} \quad\text{(lt)}, \qquad
-        n_i = n_{\max} \text{ or } n_{\max}/\rho \quad\text{(step: first and second half of the classes)}
+        n_i = n_{\max} \text{ or } n_{\max}/\rho \quad\text{(st: first and second half of the classes)}
 
     The integer part is taken, as in the code of LDAM.
 
     Args:
-      imbalance: ``lt`` (long-tailed) or ``step``.
+      imbalance: ``lt`` (long-tailed) or ``st`` (step).
       ratio: ρ ≥ 1, the largest class over the smallest.
       classes: C.
       n_max: images of the largest class.

@@ -105,7 +105,7 @@ class ResNet(nnx.Module):
         x = nnx.relu(self.stem(x.astype(self.dtype), train=train))
         for block in self.blocks:
             x = block(x, train=train)
-        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Shallow(nnx.Module):

@@ -8,10 +8,10 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pooch
 
 from examples.cifar_lt import safe_pickle
-from examples.cifar_lt.data import ARCHIVES
+from examples.cifar_lt.data import ARCHIVES, TRAIN
+from examples.lab import files
 from examples.lab.errors import UsageError, UserError
 
 # The official release; the commit is named because the checksums are of its files.
@@ -89,32 +89,22 @@ def human(dataset: str, kind: str, data_dir: Path, clean: np.ndarray | None = No
       UserError: if the file is not what it should be, or the download fails.
     """
     name, sha256, keys = RELEASES[dataset]
-    size, classes = ARCHIVES[dataset][0].train_size, ARCHIVES[dataset][0].classes
+    classes = ARCHIVES[dataset][0].classes
     if kind not in keys:
         raise UsageError(f"human labels {kind!r}: {dataset} has {', '.join(keys)}.")
     path, remedy = data_dir / name, f"Delete it and start again to download {URL}{name}."
     if not path.is_file():
-        _download(path, sha256)
+        files.download(URL + name, f"sha256:{sha256}", path, path)
     wanted = ("clean_label", keys[kind])
     true, given = _load(path, wanted, remedy)
     for key, labels in zip(wanted, (true, given), strict=True):
-        if labels.shape != (size,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"{path} has no {size:,} classes from 0 to {classes - 1} as '{key}'. {remedy}")
+        if labels.shape != (TRAIN,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"{path} has no {TRAIN:,} classes from 0 to {classes - 1} as '{key}'. {remedy}")
     if clean is not None and (wrong := np.count_nonzero(true != clean)):
         raise UserError(
-            f"{path} has other true labels than {dataset}, {wrong:,} of {size:,}: another order or dataset. {remedy}"
+            f"{path} has other true labels than {dataset}, {wrong:,} of {TRAIN:,}: another order or dataset. {remedy}"
         )
     return given.astype(np.int32)
-
-
-def _download(path: Path, sha256: str) -> None:
-    try:
-        pooch.retrieve(URL + path.name, f"sha256:{sha256}", fname=path.name, path=path.parent)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path} is missing, and {URL}{path.name} could not be downloaded ({reason}). Put it there by hand."
-        ) from None
 
 
 def _load(path: Path, keys: tuple[str, ...], remedy: str) -> list[np.ndarray]:

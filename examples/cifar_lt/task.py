@@ -41,8 +41,6 @@ class Cifar(Task):
     validation: float = 0.0
     subset_seed: int = 0
 
-    PARTS = ("all", "last-block", "classifier")
-
     @property
     def parsed(self) -> tuple[str, str, float, str | None, float, str | None]:
         found = DATASET.fullmatch(self.dataset)
@@ -70,7 +68,7 @@ class Cifar(Task):
         chosen = rest[
             subset(
                 train.labels[rest],
-                class_counts({"lt": "lt", "st": "step"}[imbalance], ratio, self.classes, n_max),
+                class_counts(imbalance, ratio, self.classes, n_max),
                 self.subset_seed,
             )
         ]
@@ -78,13 +76,13 @@ class Cifar(Task):
             labels = noise.wrong(kind, labels, rate, self.classes, self.subset_seed)
         if self.test_per_class is not None:
             kept = subset(test.labels, np.full(self.classes, self.test_per_class), self.subset_seed)
-            test = Split(test.images[kept], test.labels[kept])
+            test = Split(test.inputs[kept], test.labels[kept])
         held_out = self._held_out(train.labels, rest, chosen)
         return Data(
-            train=Split(train.images[chosen], labels[chosen]),
-            test=Split(*test),
-            validation=Split(train.images[validation], labels[validation]) if self.validation else None,
-            held_out=Split(train.images[held_out], train.labels[held_out]),
+            train=Split(train.inputs[chosen], labels[chosen]),
+            test=test,
+            validation=Split(train.inputs[validation], labels[validation]) if self.validation else None,
+            held_out=Split(train.inputs[held_out], train.labels[held_out]),
             clean=train.labels[chosen],
         )
 
@@ -122,9 +120,3 @@ class Cifar(Task):
     def predict(self, module, inputs):
         logits = module(inputs, train=False)
         return logits + module(inputs[:, :, ::-1], train=False) if self.flipped_test else logits
-
-    def part(self, path):
-        if path[0] == "classifier":
-            return 2
-        last = 4 if self.network_name == "shallow" else (int(self.network_name.split("-")[1]) - 2) // 2 - 1
-        return 1 if path[:2] == ("blocks", str(last)) else 0

@@ -23,7 +23,7 @@ class CovidRecipe(Recipe):
     """covid-lt-<ratio>, or the stand-in xray64-<ratio>."""
     epochs: int = 90
     begin: float = 0.0
-    """Part of the epochs before λ and class weights apply; deferred re-weighting begins after a third."""
+    """Part of the epochs before λ and class weights apply; the tables begin class weights after a third."""
     rate: float = 0.1
     """Learning rate; divided by 100 after a third of the epochs, and by 10,000 after two thirds."""
     weight_decay: float = 5e-4
@@ -38,7 +38,7 @@ class CovidRecipe(Recipe):
 
 
 def make_run(recipe: CovidRecipe) -> Run:
-    """The pretrained network takes the place of a first stage; class weights wait for the first fall of the rate."""
+    """The pretrained network takes the place of a first stage, unless ``begin`` cuts the epochs in two."""
     stages = two_stages(recipe, thirds(recipe.epochs, recipe.rate))
     task = recipe.make_task(CovidLt)
     task.parsed  # noqa: B018  a name that is wrong is found before anything is trained

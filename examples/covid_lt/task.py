@@ -15,6 +15,7 @@ from examples.lab.errors import UsageError
 from examples.lab.task import NUMBER, Data, Split, Task
 
 WEIGHTS = Path("resnet50-imagenet") / "weights.npz"
+SIZE = 224  # pixels, of covid-lt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,6 @@ class CovidLt(Task):
 
     dataset: str  # covid-lt-10 from the official folders, or xray64-10; the number is the imbalance ratio
     test_per_class: int = 50
-    size: int = 224  # pixels, of covid-lt
     validation: float = 0.0
     subset_seed: int = 0
 
@@ -38,7 +38,7 @@ class CovidLt(Task):
 
     def load(self, data_dir: Path) -> Data:
         source, ratio = self.parsed
-        xrays = covid_lt(data_dir, self.size) if source == "covid-lt" else read_npz(data_dir / "xray64.npz")
+        xrays = covid_lt(data_dir, SIZE) if source == "covid-lt" else read_npz(data_dir / "xray64.npz")
         weights = read_keras(data_dir / WEIGHTS)
         test, rest = split_by_patient(xrays, self.test_per_class, self.subset_seed)
         kept = rest[:0]

@@ -7,7 +7,6 @@ Writes digits.json and digits.png. Under a minute on two CPU cores.
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -59,8 +58,4 @@ def main(options: Options, settings=SETTINGS) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        chosen = tyro.cli(Options)
-    except ValueError as error:
-        sys.exit(print(error, file=sys.stderr) or 2)
-    main(chosen)
+    main(tyro.cli(Options))

@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from examples import style
 from examples.readme import fill
 
-matplotlib.use("Agg")
-
-COLOURS = {  # told apart by colour-blind eyes too
-    "SGD": "#666666",
-    "ABSGD, λ tuned": "#0072B2",
-    "ABSGD, ρ tuned": "#D55E00",
-    "ABSGD, fraction known": "#009E73",
+TRUSTED = style.RIVALS[1]
+COLOURS = {
+    "SGD": style.SGD,
+    "ABSGD, λ tuned": style.ABSGD,
+    "ABSGD, ρ tuned": style.RIVALS[0],
+    "ABSGD, fraction known": TRUSTED,
 }
 
 
@@ -52,20 +52,17 @@ def terminal(rows: list[tuple[str, ...]]) -> Table:
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables for a README."""
-    text = "".join(_lines(rows) + "\n" for rows in tables(result))
+    parts = [
+        pd.DataFrame(rows, columns=pd.Index(header)).to_markdown(index=False, disable_numparse=True)
+        for header, *rows in tables(result)
+    ]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return text + f"{result['seconds']:.0f} s on {result['hardware']}; {versions}."
-
-
-def _lines(rows: list[tuple[str, ...]]) -> str:
-    header, *rest = rows
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rest))
+    return "\n\n".join([*parts, f"{result['seconds']:.0f} s on {result['hardware']}; {versions}."])
 
 
 def figure(result: dict[str, Any], path: Path) -> None:
     """Accuracy, accuracy by class and weight: of the stream, of 40 % wrong labels, and over the rates of those."""
     stream, *noisy = result["settings"]
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(3, 3, figsize=(10.5, 7.4), layout="constrained")
     _while_training(axes[:, 0], stream, "rare classes")
     _while_training(axes[:, 1], next(s for s in noisy if s["noise"] == 0.4), "wrong labels")
@@ -76,7 +73,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         axis.set_yscale("log")
     for axis, label in zip(axes[:, 0], ("test accuracy in %", "test accuracy in %", "relative weight"), strict=True):
         axis.set_ylabel(label)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path)
     plt.close(fig)
 
 
@@ -99,7 +96,7 @@ def _while_training(axes, setting, watched):
         axis.set_xlabel("part of the stream" if setting["noise"] is None else "passes over the data")
     top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
     top.set_ylim(top=100)
-    top.legend(frameon=False, loc="lower right", handlelength=1.6, fontsize=8)
+    top.legend(loc="lower right", handlelength=1.6, fontsize=8)
     middle.set_xlabel("class, from frequent to rare" if setting["noise"] is None else "class")
     middle.set_xticks(range(len(m["per_class"])))
     bottom.set_title(f"{watched}: weight relative to the rest", fontsize=9, loc="left")
@@ -119,14 +116,14 @@ def _over_rates(axes, settings):
         lower, upper = ([*map(extreme, *trusted)] for extreme in (min, max))
         for name in [name for name in lines if name in COLOURS]:
             axis.plot(rates, lines[name], marker="o", ms=4, label=name, **_style(name))
-        axis.fill_between(rates, lower, upper, color="#009E73", alpha=0.25, lw=0, label="… misjudged by up to 0.1")
+        axis.fill_between(rates, lower, upper, color=TRUSTED, alpha=0.25, lw=0, label="… misjudged by up to 0.1")
         axis.set_xlabel("wrong labels in %")
         axis.set_xticks(rates)
     top.set_title("0 to 60 % wrong labels, MLP", fontweight="bold", fontsize=10, loc="left")
     top.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     top.set_ylim(top=100)
     middle.set_title("worst class", fontsize=9, loc="left")
-    middle.legend(frameon=False, loc="lower left", handlelength=1.6, fontsize=8)
+    middle.legend(loc="lower left", handlelength=1.6, fontsize=8)
     bottom.set_title("wrong labels: weight relative to the rest", fontsize=9, loc="left")
 
 

@@ -1,4 +1,4 @@
-"""The paper's Tables 3, 4, 8 and 9: photographs of many classes, and scenes as a stand-in that two CPU cores can train.
+"""The paper's Tables 3 and 8: photographs of many classes, and scenes as a stand-in that two CPU cores can train.
 
 python -m examples.imagenet_lt sweep --preset scenes --data-dir data
 """

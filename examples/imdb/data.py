@@ -37,12 +37,12 @@ def read(data_dir: Path) -> tuple[Reviews, Reviews]:
     analyse = split.build_analyzer()
 
     def part(name: str) -> Reviews:
-        files = [sorted((folder / name / kind).glob("*.txt")) for kind in KINDS]
-        for kind, found in zip(KINDS, files, strict=True):
+        paths = [sorted((folder / name / kind).glob("*.txt")) for kind in KINDS]
+        for kind, found in zip(KINDS, paths, strict=True):
             if not found:
                 raise UserError(f"{folder / name / kind} holds no reviews. Delete {folder} and start again.")
-        words = [analyse(path.read_text(encoding="utf-8")) for path in itertools.chain(*files)]
-        return Reviews(words, np.repeat(np.arange(2, dtype=np.int32), [len(found) for found in files]))
+        words = [analyse(path.read_text(encoding="utf-8")) for path in itertools.chain(*paths)]
+        return Reviews(words, np.repeat(np.arange(2, dtype=np.int32), [len(found) for found in paths]))
 
     return part("train"), part("test")
 
@@ -83,12 +83,7 @@ def _download(data_dir: Path) -> None:
     unfinished = files.beside(data_dir / "aclImdb")
     unpack = pooch.Untar(extract_dir=unfinished.name)
     try:
-        pooch.retrieve(URL, f"md5:{MD5}", fname="aclImdb_v1.tar.gz", path=data_dir, processor=unpack)
+        files.download(URL, f"md5:{MD5}", data_dir / "aclImdb_v1.tar.gz", data_dir / "aclImdb", unpack)
         (unfinished / "aclImdb").replace(data_dir / "aclImdb")
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{data_dir / 'aclImdb'} is missing, and {URL} could not be downloaded ({reason}). Unpack it there by hand."
-        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

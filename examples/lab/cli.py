@@ -41,7 +41,7 @@ class Machine(Source):
     distributed: bool = False
     """Join the processes of a SLURM job or a TPU slice, and spread each batch over all their devices."""
     together: int | None = None
-    """Runs that are trained in one program at most: 1 on a CPU, else 64."""
+    """The most runs that one program trains; by default 1 on a CPU, else 64."""
     max_minutes: float = float("inf")
     """Stop after an epoch when this time is over; the same command goes on."""
 
@@ -84,9 +84,7 @@ def _one_run(experiment: Experiment, command: str, arguments: Sequence[str], oth
     presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     presets.add_argument("--preset", default=next(iter(experiment.presets)))
     preset = presets.parse_known_args(arguments)[0].preset
-    if preset not in experiment.presets:
-        raise UsageError(f"--preset {preset}: choose from {', '.join(experiment.presets)}.")
-    return _ask(experiment, command, arguments, experiment.presets[preset], others)
+    return _ask(experiment, command, arguments, experiment.base(preset), others)
 
 
 def _ask(experiment: Experiment, command: str, arguments: Sequence[str], *defaults: Any) -> tuple:
@@ -147,7 +145,9 @@ def run_search(experiment: Experiment, arguments: Sequence[str]) -> None:
         raise UsageError(f"--out {machine.out}: the results of a search are in its folder, {chosen.folder}.")
     deadline = time.monotonic() + 60 * machine.max_minutes
 
-    train_all = lambda recipes: _train(experiment, recipes, machine, chosen.folder, deadline)  # noqa: E731
+    def train_all(recipes):
+        return _train(experiment, recipes, machine, chosen.folder, deadline)
+
     _console().print(search.search(experiment, chosen.folder, train_all), soft_wrap=True)
 
 
@@ -166,9 +166,9 @@ def _train(
             raise UserError(f"{differ}. Ask for them one by one, each with another folder of results.")
     runs = {recipe: experiment.make_run(recipe) for recipe in recipes}
     missing = {recipe: run for recipe, run in runs.items() if not records.is_done(paths[recipe], recipe, run)}
-    for dataset in dict.fromkeys(map(_where, missing)):
-        todo = {recipe: run for recipe, run in missing.items() if _where(recipe) == dataset}
-        every = experiment.evaluate_every[dataset[0]]
+    for preset, *place in dict.fromkeys(map(_where, missing)):
+        todo = {recipe: run for recipe, run in missing.items() if _where(recipe) == (preset, *place)}
+        every = experiment.evaluate_every[preset]
         together = machine.together or (1 if jax.default_backend() == "cpu" else 64)
         settings = trainer.Settings(machine.data_dir, machine.work, every, together, devices, deadline)
 

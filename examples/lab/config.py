@@ -8,7 +8,7 @@ together. Two runs share exactly their equal first stages.
 import dataclasses
 import hashlib
 import json
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ class Stage:
     """Some epochs in which nothing changes but the learning rate, or none and a classifier fitted to the features."""
 
     epochs: int = static(0)
-    rate: tuple[float, float] = (0.0, 0.0)  # learning rate at the beginning and, but for one step, at the end; linear
+    rate: tuple[float, float] = (0.0, 0.0)  # linear learning rate: in the first step, and one step after the last
     rate_by_epoch: bool = static(False)  # whether the rate is constant in an epoch, and reaches its end in the last
     method: Any = SGD  # what makes a gradient of the losses: see methods/
     loss: str = static("ce")  # a name of losses.LOSSES
@@ -42,7 +42,6 @@ class Stage:
     classifier: str | None = static(None)  # a name of classifiers.CLASSIFIERS, fitted at the end
     batch_size: int = static(128)
     nesterov: bool = static(False)
-    mixup: bool = static(False)
     momentum: float = 0.9
     weight_decay: float = 0.0
 
@@ -83,8 +82,6 @@ def describe(value: Any) -> Any:
         return {"is": type(value).__name__} | changed
     if isinstance(value, (tuple, list)):
         return [describe(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity; ``float`` reads this
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -96,3 +93,10 @@ def fingerprint(*values: Any) -> str:
 def stack(trees: list[Any]) -> Any:
     """Trees of one structure as one tree, every leaf with a first axis of runs."""
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def each(function: Callable[..., Any], *trees: Any) -> Any:
+    """A function of every run of stacked trees; one run is not vmapped, because a CPU is slow at such convolutions."""
+    if jax.tree.leaves(trees)[0].shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees)))
+    return jax.vmap(function)(*trees)

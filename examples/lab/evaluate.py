@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from examples.lab import processes
+from examples.lab.config import each
 from examples.lab.task import Split, Task, module_of
 from examples.lab.train_step import State
 
@@ -15,27 +16,20 @@ BATCH = 500
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _right(task: Task, loss: str, state: State, batch: Split) -> jax.Array:
+def _right(task: Task, loss: str, states: State, batch: Split) -> jax.Array:
     def one(state):
         logits = task.predict(module_of(task, loss, state.params, state.rest), task.prepare(batch.inputs))
         return jnp.argmax(logits, axis=-1) == batch.labels
 
-    return _each(one, state)
+    return each(one, states)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _features(task: Task, loss: str, state: State, batch: Split) -> jax.Array:
+def _features(task: Task, loss: str, states: State, batch: Split) -> jax.Array:
     def one(state):
         return module_of(task, loss, state.params, state.rest).features(task.prepare(batch.inputs), train=False)
 
-    return _each(one, state)
-
-
-def _each(function, states):
-    """A function of each run's state; on its own where there is one run, because vmapped convolutions are slower."""
-    if states.step.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], states)))
-    return jax.vmap(function)(states)
+    return each(one, states)
 
 
 def _over(task: Task, split: Split, over: NamedSharding, function) -> np.ndarray:

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from examples.lab import style
+from examples import style
 
 LOWEST = -15.0  # points of a gain; a network that is destroyed loses more, and would leave no room for the others
 # In the pictures of training and of classes.
@@ -101,7 +101,7 @@ def training(runs: Any):
 
 
 def below(axis: Any) -> None:
-    """The legend where no line is."""
+    """The legend below the axes, where it covers no line."""
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.24))
 
 
@@ -132,7 +132,7 @@ def classes(runs: Any):
     axis.set_xlabel("class, from frequent to rare" if long_tailed else "class")
     if long_tailed and len(order) <= 20:
         axis.set_xticks(range(len(order)), [f"{count:,}" for count in counts[order]])
-        axis.set_xlabel("training images of the class")
+        axis.set_xlabel("training examples of the class")
     axis.set_ylabel("test accuracy, %")
     below(axis)
     return figure

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, also when the disk is full or the machine stops."""
+"""Files that are complete or absent, also when the disk is full, the machine stops or a download fails."""
 
 import json
 import math
@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import pooch
+
+from examples.lab.errors import UserError
 
 
 @contextmanager
@@ -48,3 +52,15 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def download(url: str, checksum: str, archive: Path, wanted: Path, unpack: Any = None) -> Any:
+    """Downloads and checks a file; ``wanted`` is what a user without a connection puts there by hand."""
+    try:
+        return pooch.retrieve(url, checksum, fname=archive.name, path=archive.parent, processor=unpack)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{wanted} is missing, and {url} could not be downloaded ({reason}). Put it there by hand, or name the "
+            f"folder that holds {wanted.name} with --data-dir."
+        ) from None

@@ -1,13 +1,9 @@
-"""The losses by name: functions of (logits, labels, class counts) that return one loss an example.
-
-Labels are integers, or probabilities of the shape of the logits where examples are mixed or labels smoothed.
-"""
+"""The losses by name: functions of (logits, labels, class counts) that return one loss an example."""
 
 from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from absgd_jax import losses
@@ -15,15 +11,8 @@ from absgd_jax import losses
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def cross_entropy(logits, labels, counts):
-    del counts
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return optax.softmax_cross_entropy(logits, labels)
-
-
 LOSSES: dict[str, Loss] = {
-    "ce": cross_entropy,
+    "ce": lambda logits, labels, counts: optax.softmax_cross_entropy_with_integer_labels(logits, labels),
     "focal": lambda logits, labels, counts: losses.focal(logits, labels),
     "ldam": losses.ldam,
     "balanced-softmax": losses.balanced_softmax,  # at τ = 1 the logit adjustment is the same loss

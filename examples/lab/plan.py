@@ -25,7 +25,6 @@ ASKING = (
     "report",
     "schedule",
     "search",
-    "style",
     "__main__",
 )
 
@@ -40,10 +39,11 @@ def _checksum(folder: Path) -> str:
 def program() -> str:
     """A checksum of the code and the versions, without which a stage must not be continued.
 
-    Of all experiments, because they share networks and data.
+    Of all experiments that are trained in stages, because they share networks and data.
     """
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return fingerprint(*versions, _checksum(SOURCES / "absgd_jax"), _checksum(SOURCES / "examples"))
+    trained = sorted(path.parent for path in (SOURCES / "examples").glob("*/task.py"))
+    return fingerprint(*versions, *map(_checksum, (SOURCES / "absgd_jax", *trained)))
 
 
 @cache

@@ -40,7 +40,7 @@ def first_then_others(act: Callable[[], T]) -> T:
 
 
 def _in_turn(act: Callable[[], T], *, mine: bool) -> T | None:
-    """Does it where it is this process's turn. None goes on to a collective at which one that has failed is missing."""
+    """Does it where it is this process's turn. None goes on to a collective that one which failed would never reach."""
     found = failure = None
     if mine:
         try:

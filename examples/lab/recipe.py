@@ -29,13 +29,22 @@ NEEDS = {  # numbers that a method must be given, and that others must not
     "fraction": ("trust", "focus", "forward", "small-loss"),
     "parameter": ("gce", "sce", "smoothing", "rgd", "small-loss", "elr"),
     "log_alpha": ("adaptive-gamma",),
+    "gamma": ("within-class",),  # small: a batch has few examples of a class
 }
 TAKES = {  # and need not be given
     "max_weight": ("absgd", "within-class", "term", "adaptive-gamma", "kl-radius", "trust", "focus"),
-    "gamma": ("absgd", "within-class", "kl-radius", "trust", "focus"),
+    "gamma": ("absgd", "kl-radius", "trust", "focus"),
 }
 
 
+SYMBOLS = {  # of what says how uneven the weights are
+    "temperature": "λ",
+    "kl_radius": "ρ",
+    "fraction": "fraction",
+    "parameter": "p",
+    "max_weight": "c",
+    "log_alpha": "log α",
+}
 OF_CROSS_ENTROPY = ("gce", "sce", "smoothing", "forward")  # methods that are functions of it
 
 
@@ -102,7 +111,8 @@ class Recipe:
             if not fulfilled:
                 raise UsageError(rule + ".")
         default = {field.name: field.default for field in dataclasses.fields(self)}
-        for name, takers in (NEEDS | TAKES).items():
+        for name in NEEDS | TAKES:
+            takers = (*NEEDS.get(name, ()), *TAKES.get(name, ()))
             flag, given = f"--{name.replace('_', '-')}", getattr(self, name) != default[name]
             if given and self.method not in takers:
                 raise UsageError(f"{flag} {getattr(self, name)} is for {', '.join(takers)}, not for {self.method}.")

@@ -11,10 +11,11 @@ from examples.environment import hardware, versions
 from examples.lab import files, plan, trainer
 from examples.lab.config import Run, describe
 from examples.lab.errors import UserError
-from examples.lab.recipe import Recipe
+from examples.lab.recipe import SYMBOLS, Recipe
 
 SERIES = (
     "loss",
+    "risk",
     "sample_size",
     "largest_weight",
     "temperature",
@@ -43,10 +44,7 @@ def record(experiment: str, recipe: Recipe, run: Run, settings: trainer.Settings
         "dataset": recipe.dataset,
         "method": recipe.title,
         "loss": recipe.loss,
-        **{
-            name: getattr(recipe, name)
-            for name in ("temperature", "kl_radius", "fraction", "parameter", "max_weight", "log_alpha")
-        },
+        **{name: getattr(recipe, name) for name in SYMBOLS},
         "seed": recipe.seed,
         "accuracy": last["test_accuracy"],
         "balanced_accuracy": float(np.nanmean(per_class)),

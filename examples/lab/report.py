@@ -13,30 +13,17 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from examples.lab import figures, records, style
+from examples import style
+from examples.lab import figures, records
 from examples.lab.errors import UserError
 from examples.lab.experiment import TUNING_SEED, Experiment
+from examples.lab.recipe import SYMBOLS
 from examples.readme import fill
 
 Frame = Any  # of pandas, whose own types do not know what a column holds
-STRENGTH = ["temperature", "kl_radius", "fraction", "parameter", "max_weight", "log_alpha"]
+STRENGTH = list(SYMBOLS)
 FAMILY = ["method", "loss"]
-SYMBOLS = {
-    "temperature": "λ",
-    "kl_radius": "ρ",
-    "fraction": "fraction",
-    "parameter": "p",
-    "max_weight": "c",
-    "log_alpha": "log α",
-}
-MISSING = {
-    "fraction": None,
-    "parameter": None,
-    "max_weight": np.inf,
-    "kl_radius": None,
-    "log_alpha": None,
-    "validation_accuracy": None,
-}  # of older records
+MISSING = {"log_alpha": None}  # of older records
 
 
 def load(folder: Path) -> Frame:
@@ -188,9 +175,9 @@ def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> 
 
 LEGEND = """\
 Accuracy: on the test set after the last epoch, in %, mean ± standard deviation over the seeds. Many, medium, few:
-mean accuracy of the classes of over 100, of 20 to 100 and of less than 20 training images. Gain: over SGD with the
-same loss, seed by seed. Hyper-parameters: λ, the KL radius ρ, the fraction, the bound c or a method's own number
-p, chosen by accuracy on a validation split (see "Validation accuracy" below a table) or fixed in advance."""
+mean accuracy of the classes of over 100, of 20 to 100 and of less than 20 training examples. Gain: over SGD with the
+same loss, seed by seed. Hyper-parameters: λ, the KL radius ρ, the fraction, the bound c, log α or a method's own
+number p, chosen by accuracy on a validation split (see "Validation accuracy" below a table) or fixed in advance."""
 
 
 def legend(experiment: Experiment) -> str:
@@ -200,6 +187,8 @@ def legend(experiment: Experiment) -> str:
 
 def report(experiment: Experiment, folders: Sequence[Path]) -> None:
     """Tables and figures of presets' results; those of all that the experiment holds are in its README, too."""
+    if not folders:
+        raise UserError(f"{experiment.folder / 'results'} holds no results: sweep first, or name a folder.")
     console, sections, own = Console(), [], (experiment.folder / "results").glob("*")
     all_of_them = {folder.resolve() for folder in folders} == {folder.resolve() for folder in own}
     for folder in map(Path.resolve, folders):

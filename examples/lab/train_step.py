@@ -39,7 +39,7 @@ class Metrics(NamedTuple):
     """What is seen of a step, scalars."""
 
     loss: jax.Array  # mean over the batch
-    risk: jax.Array  # the method's running objective
+    risk: jax.Array  # the method's objective
     sample_size: jax.Array  # effective sample size, as a fraction of the batch
     largest_weight: jax.Array  # relative to the mean
     weight_of_wrong: jax.Array  # the part of all weight that wrong labels have
@@ -90,10 +90,10 @@ def train_step(
     if stage.class_weights:
         class_weights = absgd_jax.losses.class_balanced_weights(facts.counts)
     losses = losses_of(task, stage, state.rest, facts.counts)
-    inputs, labels = _mixed(stage, augmented(task, batch, key), key)
-    seen, balanced = Batch(inputs, labels, _of_labels(class_weights, labels), indices), None
+    inputs, labels = augmented(task, batch, key)
+    seen, balanced = Batch(inputs, labels, class_weights[labels], indices), None
     if held_out is not None:
-        inputs, labels = augmented(task, held_out, jax.random.fold_in(key, 1))
+        inputs, labels = augmented(task, held_out, jax.random.fold_in(key, 2**31 - 1))
         balanced = Batch(inputs, labels, jnp.ones(labels.shape))
     method = stage.method if not stage.method.needs_held_out else stage.method.at_rate(rate)
     grads, method_state, info = method.gradient(losses, state.params, state.method, seen, balanced)
@@ -132,7 +132,7 @@ def losses_of(task: Task, stage: Stage, rest: Any, counts: jax.Array):
         module = module_of(task, stage.loss, params, rest)
         logits = module(batch.inputs, train=True)
         after = nnx.state(module, nnx.Not(nnx.Param))
-        return _loss_of(stage, logits, batch.labels, counts), Outputs(logits, after)
+        return LOSSES[stage.loss](logits, batch.labels, counts), Outputs(logits, after)
 
     return losses
 
@@ -140,30 +140,3 @@ def losses_of(task: Task, stage: Stage, rest: Any, counts: jax.Array):
 def augmented(task: Task, batch: Split, key: jax.Array) -> Split:
     """Raw examples as the network sees them in training."""
     return Split(task.prepare(task.augment(batch.inputs, key)), batch.labels)
-
-
-def _mixed(stage: Stage, batch: Split, key: jax.Array) -> Split:
-    """Each example mixed with the next, which is any, in a proportion that is uniform between 0 and 1."""
-    if not stage.mixup:
-        return batch
-    share = jax.random.uniform(jax.random.fold_in(key, 2))
-    mix = lambda x: share * x + (1 - share) * jnp.roll(x, 1, 0)  # noqa: E731
-    return Split(jax.tree.map(mix, batch.inputs), (batch.labels, jnp.roll(batch.labels, 1), share))
-
-
-def _of_labels(of_class: jax.Array, labels: Any) -> jax.Array:
-    """A number of each class for the examples of a batch, mixed or not."""
-    if isinstance(labels, tuple):
-        first, second, share = labels
-        return share * of_class[first] + (1 - share) * of_class[second]
-    return of_class[labels]
-
-
-def _loss_of(stage: Stage, logits: jax.Array, labels: Any, counts: jax.Array) -> jax.Array:
-    def loss(labels):
-        return LOSSES[stage.loss](logits, labels, counts)
-
-    if isinstance(labels, tuple):
-        first, second, share = labels
-        return share * loss(first) + (1 - share) * loss(second)
-    return loss(labels)

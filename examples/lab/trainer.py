@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from rich.console import Console
 
 from examples.lab import checkpoint, classifiers, evaluate, plan, processes
-from examples.lab.config import Run, stack
+from examples.lab.config import Run, each, stack
 from examples.lab.errors import OutOfTimeError, UsageError
 from examples.lab.input_pipeline import (
     HELD_OUT,
@@ -30,7 +30,7 @@ from examples.lab.input_pipeline import (
 from examples.lab.task import Data, Split, Task
 from examples.lab.train_step import Facts, Metrics, State, first_state, take_over, train_step
 
-TIPPING = 5  # times the mean weight; a second stage in which an epoch's largest weights were so large lost what it had
+TIPPING = 5  # times the mean weight; second stages with larger ones, averaged over an epoch, lost what they began with
 
 
 class Settings(NamedTuple):
@@ -96,8 +96,7 @@ def left_by(run: Run, settings: Settings) -> tuple[State, list[dict[str, Any]]]:
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(task, stages, states, batch, indices, held_out, facts):
     """A step of one run on a batch that was made on the host."""
-    stage, state = jax.tree.map(lambda x: x[0], (stages, states))
-    return jax.tree.map(lambda x: x[None], train_step(task, stage, state, batch, indices, held_out, facts))
+    return each(lambda stage, state: train_step(task, stage, state, batch, indices, held_out, facts), stages, states)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -114,10 +113,7 @@ def _steps(task, count, stages, states, i, train, orders, held_out, held_orders,
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(step, state, i + jnp.arange(count))
 
-    if states.step.shape[0] == 1:  # so are convolutions that are vmapped
-        first = jax.tree.map(lambda x: x[0], (stages, states, orders, held_orders))
-        return jax.tree.map(lambda x: x[None], one(*first))
-    return jax.vmap(one)(stages, states, orders, held_orders)
+    return each(one, stages, states, orders, held_orders)
 
 
 def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -> None:

@@ -17,6 +17,7 @@ from examples.lab.task import Data, Split, Task
 
 SHIPPED = {"breast-cancer": load_breast_cancer, "digits": load_digits}
 CLASSES = {"adult": 2, "breast-cancer": 2, "digits": 10}
+HIDDEN = (64, 64)  # units
 FEATURES = {"adult": 108, "breast-cancer": 30, "digits": 64}
 URL = "https://archive.ics.uci.edu/dataset/2/adult"
 COLUMNS = (
@@ -30,7 +31,6 @@ class Tabular(Task):
     """The fields identify the rows and the network."""
 
     dataset: str
-    hidden: tuple[int, ...] = (64, 64)
     validation: float = 0.0
     subset_seed: int = 0
 
@@ -68,7 +68,7 @@ class Tabular(Task):
         return Split(x, y), Split(other_x, other_y)
 
     def network(self, loss, rngs):
-        return Perceptron((FEATURES[self.dataset], *self.hidden), self.classes, rngs)
+        return Perceptron((FEATURES[self.dataset], *HIDDEN), self.classes, rngs)
 
 
 class Perceptron(nnx.Module):

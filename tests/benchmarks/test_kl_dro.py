@@ -8,6 +8,7 @@ from scipy.optimize import minimize
 
 from benchmarks import kl_dro
 from benchmarks.harness import records
+from examples.lab import files
 from examples.lab.errors import UserError
 
 
@@ -39,7 +40,7 @@ def test_missing_data_are_named(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no network\nand a long story")
 
-    monkeypatch.setattr(kl_dro.pooch, "retrieve", offline)
+    monkeypatch.setattr(files.pooch, "retrieve", offline)
     with pytest.raises(UserError, match=r"cal_housing.data is missing, .* \(no network\).*--data-dir"):
         kl_dro.load(tmp_path)
 

@@ -11,7 +11,7 @@ from benchmarks import published_package
 from benchmarks.harness.names import EPOCH, PUBLISHED, ROUNDED, STEPWISE
 from benchmarks.published_package import Options
 from examples.cifar_lt import data
-from examples.cifar_lt.data import Split
+from examples.lab.task import Split
 from tests.reference import algorithm1
 
 SMALL = Options(depth=8, width=2, batch_size=4, steps=2, exact_steps=4, timed_steps=2, repeats=2)

@@ -11,6 +11,7 @@ import pytest
 
 from examples.cifar_lt import data, safe_pickle
 from examples.cifar_lt.imbalance import class_counts, subset
+from examples.lab import files
 from examples.lab.errors import UserError
 from tests.examples.cifar_files import write_cifar10
 
@@ -33,8 +34,8 @@ def test_binary_records(tmp_path, archive):
             file.write(bytes([*coarse, label]) + image.tobytes())
     split = data.read(path, archive, 3)
     assert split.labels.tolist() == fine
-    assert split.images.shape == (3, 32, 32, 3)
-    assert split.images[1, 5, 9].tolist() == pixels[1, :, 5, 9].tolist()  # row 5, column 9, RGB
+    assert split.inputs.shape == (3, 32, 32, 3)
+    assert split.inputs[1, 5, 9].tolist() == pixels[1, :, 5, 9].tolist()  # row 5, column 9, RGB
 
 
 def python2_pickle(pixels, labels, key):
@@ -63,14 +64,14 @@ def test_pickles_of_python_2(tmp_path, archive, key):
     path.write_bytes(python2_pickle(pixels, [3, 0, 9], key))
     split = data.read(path, archive, 3)
     assert split.labels.tolist() == [3, 0, 9]
-    np.testing.assert_array_equal(split.images.transpose(0, 3, 1, 2), pixels)
+    np.testing.assert_array_equal(split.inputs.transpose(0, 3, 1, 2), pixels)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_pickles_of_python_3(tmp_path, protocol):
     pixels, path = planes(2), tmp_path / "data_batch_1"
     path.write_bytes(pickle.dumps({"data": pixels.reshape(2, -1), "labels": [1, 2]}, protocol=protocol))
-    np.testing.assert_array_equal(data.read(path, CIFAR10_PY, 2).images.transpose(0, 3, 1, 2), pixels)
+    np.testing.assert_array_equal(data.read(path, CIFAR10_PY, 2).inputs.transpose(0, 3, 1, 2), pixels)
 
 
 class Touch:
@@ -147,8 +148,8 @@ def test_wrong_files_are_told_by_name_size_and_remedy(tmp_path):
 
 def test_whole_archive(cifar10):
     train, test = data.load("cifar10", cifar10)
-    assert train.images.shape == (50_000, 32, 32, 3)
-    assert test.images.shape == (10_000, 32, 32, 3)
+    assert train.inputs.shape == (50_000, 32, 32, 3)
+    assert test.inputs.shape == (10_000, 32, 32, 3)
     assert np.bincount(train.labels).tolist() == [5000] * 10
 
 
@@ -160,7 +161,7 @@ def test_a_download_that_fails_is_told(tmp_path, monkeypatch):
         )
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data.pooch, "retrieve", offline)
+    monkeypatch.setattr(files.pooch, "retrieve", offline)
     with pytest.raises(UserError, match=r"could not be downloaded \(no route to host\).*--data-dir"):
         data.load("cifar100", tmp_path)
 
@@ -183,8 +184,8 @@ def test_long_tail_counts_are_the_published_ones():
 
 
 def test_step_counts():
-    assert class_counts("step", 100, 10, 5000).tolist() == [5000] * 5 + [50] * 5
-    assert class_counts("step", 3, 4, 10).tolist() == [10, 10, 3, 3]
+    assert class_counts("st", 100, 10, 5000).tolist() == [5000] * 5 + [50] * 5
+    assert class_counts("st", 3, 4, 10).tolist() == [10, 10, 3, 3]
     assert class_counts("lt", 1, 10, 7).tolist() == [7] * 10
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from examples.cifar_lt import noise
+from examples.lab import files
 from examples.lab.errors import UserError
 
 CLEAN = {
@@ -194,11 +195,11 @@ def test_damaged_files_are_told(tmp_path):
 def test_missing_files_are_downloaded(tmp_path, monkeypatch, dataset):
     asked = []
 
-    def online(url, known_hash, fname, path):
+    def online(url, known_hash, fname, path, processor):
         asked.append((url, known_hash))
         write(path / fname, labels_of(dataset))
 
-    monkeypatch.setattr(noise.pooch, "retrieve", online)
+    monkeypatch.setattr(files.pooch, "retrieve", online)
     for _ in range(2):
         noise.human(dataset, KINDS[dataset][0], tmp_path, CLEAN[dataset])
     [(url, known_hash)] = asked
@@ -217,7 +218,7 @@ def test_a_download_that_fails_is_told(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host\nand more")
 
-    monkeypatch.setattr(noise.pooch, "retrieve", offline)
+    monkeypatch.setattr(files.pooch, "retrieve", offline)
     message = r"CIFAR-100_human\.pt is missing, and https://raw\S+ could not be downloaded \(no route to host\)"
     with pytest.raises(UserError, match=message):
         noise.human("cifar100", "noisy", tmp_path)

@@ -8,7 +8,7 @@ from examples.imdb import data
 from examples.imdb.experiment import EXPERIMENT, PRESETS, make_run
 from examples.imdb.models import ReviewClassifier
 from examples.imdb.task import Imdb
-from examples.lab import cli, records
+from examples.lab import cli, files, records
 from examples.lab.errors import UsageError, UserError
 
 GOOD, BAD = "a wonderful film, truly GOOD", "an awful film<br /><br />truly bad"
@@ -72,7 +72,7 @@ def test_missing_and_empty_folders(folder, tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(data.pooch, "retrieve", offline)
+    monkeypatch.setattr(files.pooch, "retrieve", offline)
     with pytest.raises(UserError, match=r"is missing, and https://ai\.stanford\.edu.*no network"):
         data.read(tmp_path)
 
@@ -80,7 +80,7 @@ def test_missing_and_empty_folders(folder, tmp_path, monkeypatch):
         (path / processor.extract_dir / "aclImdb/train/neg").mkdir(parents=True)
         raise OSError("no space left")
 
-    monkeypatch.setattr(data.pooch, "retrieve", full)
+    monkeypatch.setattr(files.pooch, "retrieve", full)
     for _ in range(2):  # half of the reviews are not taken for all
         with pytest.raises(UserError, match="no space left"):
             data.read(tmp_path)

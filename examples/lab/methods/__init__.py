@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     """Examples as the network sees them."""
 
     inputs: Any
-    labels: Any  # shape=(B,); of mixed examples the triple of labels, other labels and the share of the first
+    labels: jax.Array  # shape=(B,)
     weights: jax.Array  # of their classes, shape=(B,)
     indices: Any = None  # in the training set, shape=(B,)
 
@@ -39,7 +39,7 @@ class Info(NamedTuple):
 
     losses: jax.Array  # of the examples, as they were weighted, shape (B,)
     weights: jax.Array  # that they were given, relative to each other, shape (B,)
-    risk: jax.Array  # the running objective
+    risk: jax.Array  # the objective: running, where the method keeps one, else the batch's
     temperature: jax.Array  # λ
     aux: Outputs
 

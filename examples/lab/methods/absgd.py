@@ -24,18 +24,17 @@ class Absgd:
     gamma: float = 0.9
     log_alpha: float | None = None  # of SCENT's rule, in place of γ
     max_weight: float = math.inf
-    step_size: float | None = None  # of a λ that is found while training; None is the library's
 
     needs_held_out = False
 
     def transform(self):
         temperature: Any = self.temperature
         if self.kl_radius is not None:
-            temperature = absgd_jax.focus_fraction(jnp.exp(-jnp.asarray(self.kl_radius)), step_size=self.step_size)
+            temperature = absgd_jax.focus_fraction(jnp.exp(-jnp.asarray(self.kl_radius)))
         if self.trust is not None:
-            temperature = absgd_jax.trust_fraction(self.trust, step_size=self.step_size)
+            temperature = absgd_jax.trust_fraction(self.trust)
         if self.focus is not None:
-            temperature = absgd_jax.focus_fraction(self.focus, step_size=self.step_size)
+            temperature = absgd_jax.focus_fraction(self.focus)
         gamma: Any = self.gamma if self.log_alpha is None else absgd_jax.adaptive_gamma(self.log_alpha)
         return absgd_jax.scale_by_absgd(temperature, gamma, max_weight=self.max_weight)
 

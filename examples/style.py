@@ -6,7 +6,14 @@ import matplotlib.pyplot as plt
 matplotlib.use("Agg")
 SGD, ABSGD, BOUNDED, RIVALS = "#666666", "#0072B2", "#56B4E9", ("#D55E00", "#009E73", "#CC79A7", "#E69F00")
 plt.rcParams.update(
-    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 110}
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": plt.cycler(color=[ABSGD, *RIVALS, BOUNDED, SGD]),
+        "legend.frameon": False,
+        "savefig.dpi": 110,
+    }
 )
 
 NAMES = {
