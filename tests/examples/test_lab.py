@@ -702,6 +702,21 @@ def test_changed_code_never_continues_an_old_stage(monkeypatch):
     plan.key.cache_clear()
 
 
+def test_only_code_that_is_trained_through_belongs_to_a_state(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "SOURCES", tmp_path)
+    for name in ("absgd_jax/risk.py", "examples/one/task.py", "examples/lab/task.py", "examples/demo/main.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+
+    def changed_by(name):
+        before = plan.program.__wrapped__()
+        (tmp_path / name).write_text("1")
+        return plan.program.__wrapped__() != before
+
+    assert all(map(changed_by, ("absgd_jax/risk.py", "examples/one/models.py", "examples/lab/trainer.py")))
+    assert not any(map(changed_by, ("examples/gains.py", "examples/demo/main.py", "examples/lab/report.py")))
+
+
 def test_new_fields_change_no_old_description():
     assert describe(SGD) == {"is": "Absgd"}
     assert describe(Absgd(2.0)) == {"is": "Absgd", "temperature": 2.0}
