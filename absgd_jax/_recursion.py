@@ -28,7 +28,7 @@ def settle(state: ScaleByAbsgdState) -> ScaleByAbsgdState:
     The mean loss of that batch is then what the next one is compared to.
     """
     unknown = ~is_infinite(state.max_weight) & (state.mass == 0) & (state.risk == 0)
-    infinity = jnp.copysign(jnp.finfo(state.temperature.dtype).max, state.temperature)
+    infinity = jnp.finfo(state.temperature.dtype).max
     return state._replace(temperature=jnp.where(unknown, infinity, state.temperature))
 
 

@@ -24,8 +24,10 @@ class Rule(NamedTuple):
       at: ``at(state, kl)`` returns the value for the next batch. For λ, ``state`` is the
         :class:`absgd_jax.ScaleByAbsgdState` after a batch, whose ``temperature`` is the λ with which that batch was
         reduced, and ``kl`` is that batch's KL̂; ``kl`` is None when the state is made, and where ``radius`` is None and
-        the update was not given it. For γ, ``state`` is that before the batch and ``kl`` is None; γ may come as the
-        pair (γ, 1 - γ), if the latter would be lost to rounding.
+        the update was not given it. That λ may be ±∞ (the largest number): in a state that is handed over, and after
+        the first batch where weights are bounded. A rule that steps from it has to start anew there. For γ, ``state``
+        is that before the batch and ``kl`` is None; γ may come as the pair (γ, 1 - γ), if the latter would be lost to
+        rounding.
       radius: the KL distance ρ at which the rule aims, if it reads ``kl``; None if it does not.
 
     The library's rules are pytrees: their numbers may be traced, and they may be passed through ``jit`` and ``vmap``.
@@ -133,7 +135,8 @@ def kl_radius(
       init: the first λ, in units of loss; negative for the mirrored form, which keeps a tilt of radius ρ away from
         outliers.
       step_size: η, the relative change of λ for each nat and step.
-      batch_size: the number of examples over which R̂ is taken, if ``rho`` is to be checked against it here.
+      batch_size: the smallest number of examples over which R̂ is taken (masked ones do not count), if ``rho`` is to be
+        checked against it here.
         :func:`absgd_jax.weight_by_absgd` sees the batch and checks by itself.
 
     Returns:
@@ -191,7 +194,7 @@ def _fraction_rule(fraction, sign, step_size, batch_size):
 def _within_fraction(rho, sign, step_size, state, kl):
     if kl is None:
         return sign * jnp.inf
-    start = 10 * jnp.abs(state.risk)  # many times the spread of the losses, in whatever unit they are
+    start = 10 * jnp.abs(state.risk)  # many times the spread of losses that are at least 0, in whatever unit they are
     start = sign * jnp.where(start == 0, jnp.inf, start)
     return _mirror_step(rho, step_size, start, state.temperature, kl)
 
@@ -210,7 +213,8 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
 
     A λ < 0 near 0 in the first steps would silence whole classes for good, because before a network has learned a class
     its losses are as high as those of wrong labels. So λ starts mild and comes slowly: the first batch is taken by SGD,
-    then λ is -10 times its mean loss, from where :func:`kl_radius` follows.
+    then λ is -10 times its mean loss, from where :func:`kl_radius` follows. That is mild for losses that are at least
+    0; for others, whose mean says nothing of their spread, use :func:`kl_radius` with an ``init`` of your own.
 
     Args:
       fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Rather too large than too small: where most labels
@@ -248,7 +252,7 @@ def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
     .. math:: \rho = -\log \alpha = -\log(\mathrm{fraction})
 
     a KL ball spends as much, smoothly. The first batch is taken by SGD, then λ is 10 times its mean loss, from where
-    :func:`kl_radius` follows.
+    :func:`kl_radius` follows. As for :func:`trust_fraction` losses have to be at least 0.
 
     Args:
       fraction: α, the fraction of the batch that is to count, between 0 and 1. 0.7 is mild, 0.1 is strong: bound the

@@ -77,8 +77,8 @@ def scale_by_absgd(
       also ``kl=``.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1, or
-        ``value`` is not a scalar.
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1 (numbers of
+        Python and NumPy are checked, JAX's arrays are not), or ``value`` is not a scalar.
       TypeError: if ``update`` is called without ``value`` (or, with a rule that has a radius, without ``kl``).
 
     Example:

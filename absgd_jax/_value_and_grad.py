@@ -43,7 +43,7 @@ def value_and_grad(
 
     *Micro-batches.* ``num_microbatches=k`` takes k equal slices of the batch one after another, with the memory of one.
     Slices are strided, so that a batch sharded along its first axis stays where it is. Every positional argument is
-    sliced; keyword arguments are passed on whole, but a key of :func:`jax.random.key` among them is folded with the
+    sliced; keyword arguments are passed on whole, but keys of :func:`jax.random.key` among them are folded with the
     number of the slice, so that no two slices share a dropout mask.
 
     *Devices.* With ``axis_name`` the result is that of the global batch, and a loss may communicate over the axis.
@@ -75,7 +75,8 @@ def value_and_grad(
       ``state`` is the optimizer's state, in which λ and the bound are found (injected ones too); ``temperature`` is λ
       itself (without a bound), where there is no state or several λ. ``where`` and ``weights`` are those of
       :func:`absgd_jax.entropic_risk`; fill padded examples with finite numbers. Of these four a name that
-      ``per_example_loss`` has among its own parameters belongs to it and is handed on.
+      ``per_example_loss`` has among its own parameters, and that is not filled by position, belongs to it and is
+      handed on.
 
     Raises:
       TypeError: if neither ``state`` nor ``temperature`` is given, ``per_example_loss`` does not return an array, or
@@ -101,9 +102,9 @@ def value_and_grad(
             "aux_accumulator=, a member of optax.microbatching.AccumulationType (CONCAT for what each example has, "
             "MEAN for batch statistics and scalars) or a prefix tree of them."
         )
-    theirs = _parameter_names(per_example_loss) & set(OWN_KEYWORDS)
 
     def f(params, *args, **kwargs):
+        theirs = _names_left(per_example_loss, 1 + len(args)) & set(OWN_KEYWORDS)
         own = {name: kwargs.pop(name, None) for name in OWN_KEYWORDS if name not in theirs}
         temperature, limit = _find_temperature(own.get("state"), own.get("temperature"), theirs)
 
@@ -138,11 +139,14 @@ def value_and_grad(
     return f
 
 
-def _parameter_names(function: Callable[..., Any]) -> set[str]:
+def _names_left(function: Callable[..., Any], filled: int) -> set[str]:
+    """The names of the parameters that are not filled by position."""
     try:
-        return set(inspect.signature(function).parameters)
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some builtins have no signature
         return set()
+    left = (p for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY or i >= filled)
+    return {p.name for p in left if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 
 def _losses_and_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -176,7 +180,8 @@ def _slices(batch, kwargs, k: int):
     split = jax.tree.map(lambda x: jnp.reshape(x, (examples // k, k, *jnp.shape(x)[1:])), (args, *options))
 
     def slice_at(i):
-        own = jax.tree.map(lambda x: jax.random.fold_in(x, i) if _is_key(x) else x, kwargs)
+        fold = jnp.vectorize(lambda key: jax.random.fold_in(key, i))
+        own = jax.tree.map(lambda x: fold(x) if _are_keys(x) else x, kwargs)
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), split), own
 
     return slice_at, examples // k
@@ -213,7 +218,7 @@ def _leave(accumulator, aux, examples: int):
             return jnp.reshape(jnp.swapaxes(x, 0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]))
         if how is AccumulationType.SUM:
             return jnp.sum(x, axis=0)
-        if how in (AccumulationType.MEAN, AccumulationType.RUNNING_MEAN) and jnp.issubdtype(x.dtype, jnp.inexact):
+        if how is AccumulationType.MEAN and jnp.issubdtype(x.dtype, jnp.inexact):
             return jnp.mean(x, axis=0)
         raise ValueError(
             f"aux has a leaf of shape {x.shape[1:]} and dtype {x.dtype}, which cannot leave micro-batches by {how}: "
@@ -242,8 +247,8 @@ def _count_examples(batch, k: int) -> int:
     return size
 
 
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and x.ndim == 0 and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _are_keys(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _find_temperature(state: optax.OptState | None, temperature: ArrayLike | None, theirs: set[str]):
@@ -271,7 +276,7 @@ def _find_temperature(state: optax.OptState | None, temperature: ArrayLike | Non
     if len(found) != 1:
         raise ValueError(
             f"Found {len(found)} temperatures in the optimizer's state, needed one: pass temperature=λ, the one with "
-            "which this batch is to be reduced."
+            "which this batch is to be reduced. (A checkpoint is restored with the optimizer's state as its template.)"
         )
     (node,) = found
     node = settle(node._replace(**{name: keep_finite(x, node.risk.dtype) for name, x in injected.items()}))

@@ -48,14 +48,15 @@ def weight_by_absgd(
 
     Returns:
       A pair of functions. ``init() -> state``. ``update(losses, state, *, where=None, axis_name=None) -> (p̃, state)``:
-      ``losses`` of any shape; ``where`` is a mask whose False leaves an example out (its weight is 0, average over the
-      others: ``jnp.mean(p * losses, where=where)``); ``axis_name`` names a ``shard_map``, ``pmap`` or ``vmap`` axis
-      over which the batch is spread (then average the gradient over it). p̃ has the shape of ``losses`` and carries no
-      gradient.
+      ``losses`` of any shape; ``where`` is a mask whose False leaves an example out, matched from the first axis on;
+      ``axis_name`` names a ``shard_map``, ``pmap`` or ``vmap`` axis over which the batch is spread. p̃ has the shape of
+      ``losses``, is 0 where an example is left out, and carries no gradient. The objective is ``sum(p̃ · L) / n`` with
+      the number n of losses that are not left out; over devices both are sums over all of them.
 
     Raises:
       ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1, or the
-        radius of a rule such as :func:`absgd_jax.kl_radius` is at or above log(batch size).
+        radius of a rule such as :func:`absgd_jax.kl_radius` is at or above log(batch size), which counts what ``where``
+        leaves out.
 
     Example:
       >>> import jax.numpy as jnp

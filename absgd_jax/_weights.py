@@ -17,9 +17,11 @@ def attention_weights(
 
     Args:
       losses: per-example losses, any shape, in units of loss.
-      risk: R = λ log s, the running robust risk (``state.risk``), broadcast against ``losses``. With the paper's
-        s_0 = 0 divide the result by ``state.mass``, which is 1 after a few steps.
-      temperature: λ, broadcast against ``losses``. At ±inf every weight is 1.
+      risk: R = λ log s, the running robust risk: ``state.risk`` after the batch's update, broadcast against ``losses``.
+        With the paper's s_0 = 0 divide the result by that state's ``mass``, which is 1 after a few steps. With
+        ``max_weight`` take the risk before the update, to which the losses are compared; the result is p̃ but for a
+        common factor.
+      temperature: λ, a scalar: that of the state before the update. At ±inf every weight is 1.
       max_weight: c, the largest weight, as for :func:`absgd_jax.scale_by_absgd`.
 
     Returns:

@@ -100,6 +100,18 @@ def test_weights_and_state_of_the_loss_level_weights(temperature, gamma, bias_co
     close(by_hand, expected.astype(float))
 
 
+def test_attention_weights_take_the_temperature_before_and_the_risk_after_the_update():
+    losses, *_ = make_stream(16, np.float32)
+    schedule = optax.linear_schedule(4.0, 0.5, STEPS)
+    weighting = absgd_jax.weight_by_absgd(schedule, 0.5)
+    state = weighting.init()
+    for batch in losses:
+        before = state.temperature
+        weights, state = weighting.update(batch, state)
+        by_hand = absgd_jax.attention_weights(batch, state.risk, before) / state.mass
+        np.testing.assert_allclose(by_hand, weights, rtol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [float("inf"), float("-inf")])
 def test_infinite_temperature_is_the_mean_gradient(temperature):
     losses, gradients, w = make_stream(7, np.float32)
@@ -212,6 +224,14 @@ def test_a_gamma_of_zero_leaves_the_past_as_it_is(name, lam, bias_correction):
                 update, state = jax.jit(optimizer.update)(jnp.ones(()), state, value=value)
                 actual.append(update)
         np.testing.assert_allclose(actual, expected, rtol=1e-10 if wide else 3e-5)
+
+
+def test_a_batch_far_above_a_past_that_stays_has_a_finite_weight():
+    optimizer = absgd_jax.scale_by_absgd(1.0, lambda count: jnp.where(count < 1, 1.0, 0.0))
+    _, state = optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), value=0.0)
+    updates, state = optimizer.update(jnp.array([1.0, 0.0]), state, value=100.0)  # e^100 is no float32
+    assert updates.tolist() == [float(jnp.finfo(jnp.float32).max), 0.0]
+    assert state.risk == 0
 
 
 @pytest.mark.parametrize(("lam", "log_alpha", "value"), [(-0.02, -1.0, 2.3), (0.5, -1.0, -60.0), (-2.0, 0.0, 300.0)])

@@ -194,5 +194,5 @@ def test_a_radius_that_the_batch_cannot_reach_is_refused_where_the_batch_is_seen
     weighting.update(jnp.ones(8), weighting.init())
 
 
-def test_traced_values_are_never_checked():
+def test_the_values_of_jax_s_arrays_are_never_checked():
     absgd_jax.scale_by_absgd(jnp.array(0.0), jnp.array(2.0))

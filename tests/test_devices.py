@@ -157,6 +157,23 @@ def test_the_loss_level_weights_over_an_axis(temperature):
     assert_same(mapped(losses, state, WHERE[0]), weighting.update(losses, state, where=WHERE[0]))
 
 
+def test_the_loss_level_objective_over_an_axis_has_the_gradient_of_one_device():
+    weighting, x = absgd_jax.weight_by_absgd(0.7), np.float32(rng.exponential(size=BATCH))
+
+    def objective(w, x, kept, axis=None):
+        weights, _ = weighting.update(w * x, weighting.init(), where=kept, axis_name=axis)
+        total, count = jnp.sum(weights * w * x), jnp.sum(kept)
+        return total / count if axis is None else jax.lax.psum(total, axis) / jax.lax.psum(count, axis)
+
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    mapped = jax.shard_map(jax.grad(lambda *args: objective(*args, "data")), mesh=MESH, **specs)
+    expected = jax.grad(objective)(1.3, x, WHERE[0])
+    np.testing.assert_allclose(jax.jit(mapped)(1.3, x, WHERE[0]), expected, rtol=1e-5)
+    # The same by hand, in float64.
+    p = np.exp(1.3 * np.float64(x) / 0.7) * WHERE[0]
+    np.testing.assert_allclose(expected, np.sum(p / p.sum() * x) / 0.9, rtol=1e-5)
+
+
 def test_the_loss_level_weights_counts_the_global_batch_against_the_radius():
     weighting = absgd_jax.weight_by_absgd(absgd_jax.kl_radius(3.0))
     update = lambda x, s: weighting.update(x, s, axis_name="data")[0]  # noqa: E731

@@ -481,6 +481,15 @@ def test_a_broken_or_empty_value_leaves_the_running_risk_and_lets_gradients_pass
     assert after == before._replace(count=2)
 
 
+def test_a_broken_kl_divergence_moves_no_rule():
+    optimizer = scale_by_absgd(kl_radius(0.5), 0.5)
+    _, before = optimizer.update(zeros(), optimizer.init(zeros()), value=1.5, kl=0.7)
+    for kl in (np.nan, np.inf):
+        updates, after = jax.jit(optimizer.update)(zeros(), before, value=jnp.float32(1.0), kl=jnp.float32(kl))
+        assert_trees(assert_array_equal, updates, zeros())
+        assert after == before._replace(count=2)
+
+
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 @pytest.mark.parametrize("temperature", [2.0, INF, kl_radius(0.5)], ids=["positive", "inf", "kl_radius"])
 def test_a_wholly_masked_batch_changes_nothing(temperature, num_microbatches):
@@ -523,19 +532,20 @@ def test_multi_steps_is_not_the_full_batch_but_microbatches_are():
 # --- λ = ∞ is momentum SGD --------------------------------------------------------------------------------------------
 
 
-PLAIN = {
-    "decay": {"temperature": INF, "momentum": 0.9, "weight_decay": 0.01},
-    "nesterov": {"temperature": -INF, "momentum": 0.9, "nesterov": True},
-    "no_momentum": {"temperature": INF, "momentum": None, "weight_decay": 0.01},
+decayed = optax.add_decayed_weights(0.01)
+PLAIN = {  # ours at λ = ±∞, and Optax's
+    "decay": (absgd(0.02, INF, weight_decay=0.01), optax.chain(decayed, optax.sgd(0.02, 0.9))),
+    "nesterov": (absgd(0.02, -INF, nesterov=True), optax.sgd(0.02, 0.9, nesterov=True)),
+    "no_momentum": (absgd(0.02, INF, momentum=None, weight_decay=0.01), optax.chain(decayed, optax.sgd(0.02))),
+    "adam": (
+        abadam(0.02, INF, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1),
+        optax.adamw(0.02, 0.8, 0.95, 1e-3, weight_decay=0.1),
+    ),
 }
 
 
-def both_trajectories(options, size, steps, wrap):
-    """Risks and parameters of ABSGD at λ = ±∞ and of optax.sgd on the mean, from zero."""
-    ours = absgd(0.02, **options)
-    theirs = optax.sgd(0.02, options["momentum"], options.get("nesterov", False))
-    if "weight_decay" in options:
-        theirs = optax.chain(optax.add_decayed_weights(options["weight_decay"]), theirs)
+def both_trajectories(ours, theirs, size, steps, wrap):
+    """Risks and parameters of our optimizer at λ = ±∞ and of Optax's on the mean, from zero."""
 
     def step_of_ours(params, state, x, y):
         risk, grads = absgd_jax.value_and_grad(losses_of)(params, x, y, state=state)
@@ -556,18 +566,18 @@ def both_trajectories(options, size, steps, wrap):
         yield path
 
 
-@pytest.mark.parametrize(("size", "options"), [(7, "decay"), (1, "nesterov"), (100, "no_momentum")])
-def test_infinite_temperature_is_momentum_sgd_bit_for_bit(size, options):
+@pytest.mark.parametrize(("size", "name"), [(7, "decay"), (1, "nesterov"), (100, "no_momentum"), (7, "adam")])
+def test_infinite_temperature_is_optax_s_optimizer_bit_for_bit(size, name):
     # Operation by operation: which products a compiled program fuses into sums is the compiler's choice.
-    ours, theirs = both_trajectories(PLAIN[options], size, 4, lambda step: step)
+    ours, theirs = both_trajectories(*PLAIN[name], size, 4, lambda step: step)
     assert_trees(assert_array_equal, [params for _, params in ours], [params for _, params in theirs])
     assert_allclose([risk for risk, _ in ours], [mean for mean, _ in theirs], rtol=2e-7)
 
 
 @pytest.mark.parametrize("size", [3, 24])
-@pytest.mark.parametrize("options", PLAIN.values(), ids=PLAIN)
-def test_infinite_temperature_is_momentum_sgd_when_compiled(options, size):
-    assert_trees(assert_allclose, *both_trajectories(options, size, 10, jax.jit), rtol=2e-6, atol=1e-6)
+@pytest.mark.parametrize("pair", PLAIN.values(), ids=PLAIN)
+def test_infinite_temperature_is_optax_s_optimizer_when_compiled(pair, size):
+    assert_trees(assert_allclose, *both_trajectories(*pair, size, 10, jax.jit), rtol=2e-6, atol=1e-6)
 
 
 # --- both APIs ------------------------------------------------------------------------------------------------------

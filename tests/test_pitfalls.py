@@ -497,13 +497,6 @@ def test_a_penalty_inside_the_losses_is_weighted():
     assert not np.allclose(counted, 1, atol=0.1)
 
 
-def test_the_weights_of_rgd_lie_within_a_factor_e():
-    losses, tau = jnp.array([0.0, 0.5, 1.0, 5.0, 1e6]), 1.0
-    weights = absgd_jax.attention_weights(jnp.minimum(losses, tau), 0.0, tau + 1)
-    assert_allclose(weights, np.exp(np.minimum(losses, 1.0) / 2), rtol=1e-6)
-    assert weights.max() / weights.min() < np.e
-
-
 def test_a_label_of_minus_one_is_taken_for_the_last_class():
     logits = jnp.arange(6.0).reshape(2, 3)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([-1, 255]))

@@ -1,5 +1,6 @@
 """Rules for λ and γ: the one protocol, the fraction that is trusted or focused on, and a user's own."""
 
+import math
 from functools import partial
 
 import jax
@@ -98,6 +99,8 @@ def test_a_fraction_outside_0_and_1_is_refused(make, bad):
 def test_a_fraction_of_less_than_an_example_is_refused():
     with pytest.raises(ValueError, match=r"fraction of 0.01\).*log\(32\).*larger fraction"):
         trust_fraction(0.01, batch_size=32)
+    with pytest.raises(ValueError, match=r"log\(128\)"):
+        absgd_jax.kl_radius(math.log(128), batch_size=128)
     weighting = absgd_jax.weight_by_absgd(focus_fraction(0.2))
     with pytest.raises(ValueError, match=r"log\(4\)"):
         weighting.update(jnp.ones(4), weighting.init())

@@ -147,6 +147,40 @@ def test_no_two_micro_batches_share_a_key_and_a_slice_s_key_is_that_of_its_numbe
     np.testing.assert_array_equal(alone, expected)  # one batch takes the keys as they are
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+def test_no_two_micro_batches_share_an_array_of_keys(shape):
+    def noisy(w, x, *, keys):
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (len(x), 16)))(keys.reshape(-1))
+        return jnp.sum(mask, (0, 2)) * w, jnp.moveaxis(mask, 0, 1)
+
+    keys = jax.random.split(jax.random.key(3), shape)
+    f = absgd_jax.value_and_grad(noisy, has_aux=True, num_microbatches=4, aux_accumulator=CONCAT)
+    masks = masks_of(f, 1.0, X, keys=keys)
+    for i in range(4):
+        for j, key in enumerate(keys.reshape(-1)):
+            expected = jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, (B // 4, 16))
+            np.testing.assert_array_equal(masks[i::4, j], expected)
+
+
+@pytest.mark.parametrize("name", ["temperature", "state", "where", "weights"])
+def test_a_parameter_that_is_filled_by_position_leaves_its_name_to_the_method(name):
+    exec(f"def first({name}, x, y): return (x @ {name} - y) ** 2", scope := {})
+    exec(f"def second(w, {name}, x, y): return {name}[0] * (x @ w - y) ** 2", scope)
+    exec(f"def rest(w, *{name}): return ({name}[0] @ w - {name}[1]) ** 2", scope)
+    options = {"temperature": LAM, "state": absgd_jax.absgd(0.1, LAM).init(W), "where": np.arange(B) < 9}
+    options["weights"] = np.float32(rng.uniform(size=B))
+    given = {name: options[name]} | ({} if name in ("temperature", "state") else {"temperature": LAM})
+    kept = {"where": options["where"], "weights": options["weights"]}.get(name, np.ones(B))
+    expected = literal(square(W, X, Y), LAM, np.float64(kept))
+    for loss, args in (
+        (scope["first"], (X, Y)),
+        (scope["second"], (np.ones(B, np.float32), X, Y)),
+        (scope["rest"], (X, Y)),
+    ):
+        risk, _ = absgd_jax.value_and_grad(loss)(W, *args, **given)
+        np.testing.assert_allclose(risk, expected, rtol=1e-5)
+
+
 def test_keys_of_the_examples_are_sliced_with_them():
     def noisy(w, keys):
         return jax.vmap(lambda key: jax.random.normal(key))(keys) * w
