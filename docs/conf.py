@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 from sphinx.errors import ExtensionError
 
@@ -35,9 +36,15 @@ autodoc_typehints = "none"
 add_module_names = False
 
 
-def unlink_readmes(app, docname, source):
-    """A link to a README of the repository leads out of the site: keep its text, drop the link."""
-    source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\./)+[^)]*README\.md[^)]*\)", r"\1", source[0])
+def unlink_outside(app, docname, source):
+    """A link out of this folder leads out of the site: keep its text, drop the link. Pictures are copied."""
+    page = Path(app.srcdir, docname)
+
+    def keep(link):
+        inside = (page.parent / link[2]).resolve().is_relative_to(app.srcdir)
+        return link[0] if inside else link[1]
+
+    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#]*)[^)]*\)", keep, source[0])
 
 
 def check_coverage(app, env):
@@ -55,5 +62,5 @@ def check_coverage(app, env):
 
 
 def setup(app):
-    app.connect("source-read", unlink_readmes)
+    app.connect("source-read", unlink_outside)
     app.connect("env-check-consistency", check_coverage)
