@@ -102,14 +102,17 @@ def test_weights_and_state_of_the_loss_level_weights(temperature, gamma, bias_co
 
 def test_attention_weights_take_the_temperature_before_and_the_risk_after_the_update():
     losses, *_ = make_stream(16, np.float32)
-    schedule = optax.linear_schedule(4.0, 0.5, STEPS)
-    weighting = absgd_jax.weight_by_absgd(schedule, 0.5)
-    state = weighting.init()
-    for batch in losses:
+    weighting = absgd_jax.weight_by_absgd(optax.linear_schedule(4.0, 0.5, STEPS), gamma=0.5)
+    state, risk, mass = weighting.init(), 0.0, 0.0
+    for t, batch in enumerate(losses):
         before = state.temperature
-        weights, state = weighting.update(batch, state)
-        by_hand = absgd_jax.attention_weights(batch, state.risk, before) / state.mass
-        np.testing.assert_allclose(by_hand, weights, rtol=1e-5)
+        _, state = weighting.update(batch, state)
+        lam = 4.0 - 3.5 * t / STEPS
+        exponentials = np.exp(np.float64(batch) / lam)
+        s, mass = 0.5 * mass * np.exp(risk / lam) + 0.5 * exponentials.mean(), 0.5 * mass + 0.5
+        risk = lam * np.log(s / mass)  # is what a λ that changes carries over
+        weights = absgd_jax.attention_weights(batch, state.risk, before) / state.mass
+        np.testing.assert_allclose(weights, exponentials / s, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [float("inf"), float("-inf")])
