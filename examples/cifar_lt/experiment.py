@@ -170,18 +170,19 @@ def wrong_labels(right: float) -> list[dict[str, Any]]:
 
 def long_tail_with_wrong_labels(right: float) -> list[dict[str, Any]]:
     """Rare examples and wrong ones both have large losses: λ of either sign, on cross entropy and on a better loss."""
+    negative, trust = absgd((-1.0, -2.0, -5.0)), {"method": "trust", "fraction": right}
     positive = ({"begin": 0.25, **changes} for changes in BOUNDED)
-    better = (
-        {"loss": "deferred-balanced-softmax", **changes} for changes in ({}, *absgd((-1.0, -2.0, -5.0)), *BOUNDED)
-    )
-    return [*wrong_labels(right), *positive, *better]
+    at_the_end = ({"loss": "deferred-balanced-softmax", **changes} for changes in ({}, *negative, *BOUNDED))
+    throughout = ({}, {"begin": 0.0, **trust}, *({"begin": 0.25, **changes} for changes in negative))
+    better = ({"loss": "balanced-softmax", **changes} for changes in throughout)
+    return [*wrong_labels(right), *positive, *at_the_end, *better]
 
 
-def misjudged(right: float) -> list[dict[str, Any]]:
+def misjudged(right: float, loss: str) -> list[dict[str, Any]]:
     """The part of right labels, given right and wrong, on the runs to choose by."""
     fractions = [round(right + by, 4) for by in (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)]
     rows = [{}, *({"method": "trust", "fraction": f, "begin": 0.0} for f in fractions if 0.1 <= f < 1)]
-    return [{"validation": TUNING_VALIDATION, **row} for row in rows]
+    return [{"validation": TUNING_VALIDATION, "loss": loss, **row} for row in rows]
 
 
 # Right labels of CIFAR-10N and CIFAR-100N, by its authors (Wei et al. 2022).
@@ -195,8 +196,8 @@ def tables(base: CifarRecipe) -> dict[str, list[dict[str, Any]]]:
         return LONG_TAIL if ratio > 1 else {"balanced": BALANCED}
     # Asymmetric noise replaces labels of half of CIFAR-10's classes.
     right = RIGHT[people] if people else 1 - rate * (0.5 if (name, kind) == ("cifar10", "asym") else 1)
-    noise = wrong_labels if ratio == 1 else long_tail_with_wrong_labels
-    return {"noise": noise(round(right, 4)), "fraction": misjudged(right)}
+    rows, loss = (wrong_labels, "ce") if ratio == 1 else (long_tail_with_wrong_labels, "balanced-softmax")
+    return {"noise": rows(round(right, 4)), "fraction": misjudged(right, loss)}
 
 
 FAST = CifarRecipe(preset="fast")

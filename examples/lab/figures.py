@@ -175,13 +175,14 @@ def strengths(frame: Any):
 
 
 def fractions(frame: Any):
-    """Test accuracy over the fraction that is trusted; SGD's is grey."""
+    """Test accuracy over the fraction that is trusted, with the loss of most fractions; SGD's is grey."""
     runs = frame[frame.validation_accuracy.notna()]
-    family = runs[(runs.method == "trust") & (runs.loss == "ce")]
-    if family.fraction.nunique() < 3:
+    tried = runs[runs.method == "trust"].groupby("loss").fraction.nunique()
+    if tried.empty or tried.max() < 3:
         return None
+    runs = runs[runs.loss == tried.idxmax()]
+    family, plain = runs[runs.method == "trust"], runs[runs.method == "sgd"]
     figure, axis = plt.subplots(figsize=(4, 2.8), layout="constrained")
-    plain = runs[(runs.method == "sgd") & (runs.loss == "ce")]
     if len(plain):
         axis.axhline(plain.accuracy.mean(), color=style.SGD, label=style.name("sgd"))
     axis.plot(family.groupby("fraction").accuracy.mean(), marker=".", color=style.ABSGD, label=style.name("trust"))

@@ -160,6 +160,7 @@ def test_one_run_end_to_end(cifar10, tmp_path, capsys):
         ("cifar10-lt-1-asym0.4", 0.8),
         ("cifar100-lt-1-asym0.4", 0.6),
         ("cifar10-lt-1-worse", 0.6),
+        ("cifar10-lt-10-sym0.4", 0.6),
     ],
 )
 def test_every_row_of_the_tables_is_a_run_of_its_own(dataset, right):
