@@ -132,8 +132,8 @@ def kl_radius(
 
     Args:
       rho: ρ, the radius in nats, between 0 and log(batch size). 0.3 is mild, 2 is strong.
-      init: the first λ, in units of loss; negative for the mirrored form, which keeps a tilt of radius ρ away from
-        outliers.
+      init: the first λ, in units of loss. A negative value gives the mirrored form, which shifts weight away from
+        outliers, also by a KL divergence of ρ.
       step_size: η, the relative change of λ for each nat and step.
       batch_size: the smallest number of examples over which R̂ is taken (masked ones do not count), if ``rho`` is to be
         checked against it here.
@@ -246,13 +246,13 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
 def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, batch_size: int | None = None) -> Rule:
     r"""A temperature λ > 0 that focuses on a fraction of the data, given as ``temperature=``, for hard examples.
 
-    The conditional value at risk of level α is the mean loss of the hardest fraction α; its weights are uniform there
-    and lie −log α from uniform. With a radius of
+    The conditional value at risk of level α is the mean loss of the hardest fraction α; its weights are uniform on that
+    fraction, and their KL divergence from uniform weights on the whole batch is −log α. With the same radius,
 
     .. math:: \rho = -\log \alpha = -\log(\mathrm{fraction})
 
-    a KL ball spends as much, smoothly. The first batch is taken by SGD, then λ is 10 times its mean loss, from where
-    :func:`kl_radius` follows. As for :func:`trust_fraction` losses have to be at least 0.
+    the weights of this rule are as uneven, but smooth. The first batch is taken by SGD, then λ is 10 times its mean
+    loss, from where :func:`kl_radius` follows. As for :func:`trust_fraction` losses have to be at least 0.
 
     Args:
       fraction: α, the fraction of the batch that is to count, between 0 and 1. 0.7 is mild, 0.1 is strong: bound the

@@ -17,8 +17,8 @@ class ScaleByAbsgdState(NamedTuple):
 
     Attributes:
       count: number of updates so far.
-      risk: R_t, the running robust risk, worth logging: a loss as large as it has weight 1. Unless the weights are
-        bounded it is the running value of the objective F_λ. At λ = ±inf the last batch's mean loss.
+      risk: R_t, the running robust risk, worth logging: an example whose loss equals it has weight 1. Unless the
+        weights are bounded it is the running value of the objective F_λ. At λ = ±inf it is the last batch's mean loss.
       temperature: λ with which the next batch is to be reduced.
       mass: total weight 1 - (1 - γ)^t of the batches in ``risk``; 0 until λ is finite, so that leaving λ = ∞ restarts.
       max_weight: c, the largest weight exp((L - risk)/λ) that an example can have.

@@ -31,8 +31,8 @@ def scale_by_absgd(
     1/γ (1 where a rule sets λ). At λ = ±inf gradients pass through bit for bit. When λ leaves ∞ the estimate starts
     afresh; any other change of λ carries it over.
 
-    *Bounded weights.* A loss 10 λ above R weighs :math:`e^{10}`: at a rate that still moves a trained network a few
-    such losses destroy it within an epoch. With ``max_weight`` c the exponential becomes
+    *Bounded weights.* A loss 10 λ above another weighs :math:`e^{10}` times as much: at a learning rate that still
+    moves a trained network a few such losses destroy it within an epoch. With ``max_weight`` c the exponential becomes
     :math:`\min(e^{(L_i - R_t)/\lambda}, c)`, in g̃ and in the gradient alike, with R_t the running risk before the
     batch, so that parts still merge exactly. This is Algorithm 1 for a KL-regularised DRO in which no example has more
     than c times its share,

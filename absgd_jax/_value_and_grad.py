@@ -74,9 +74,9 @@ def value_and_grad(
       ``(R̂, grads)``, with ``has_aux`` ``((R̂, aux), grads)``; with ``with_kl`` R̂ becomes the pair (R̂, KL̂).
       ``state`` is the optimizer's state, in which λ and the bound are found (injected ones too); ``temperature`` is λ
       itself (without a bound), where there is no state or several λ. ``where`` and ``weights`` are those of
-      :func:`absgd_jax.entropic_risk`; fill padded examples with finite numbers. Of these four a name that
-      ``per_example_loss`` has among its own parameters, and that is not filled by position, belongs to it and is
-      handed on.
+      :func:`absgd_jax.entropic_risk`; fill padded examples with finite numbers. If ``per_example_loss`` itself has a
+      parameter with one of these four names, and it is not filled by position, the keyword is passed on to
+      ``per_example_loss``.
 
     Raises:
       TypeError: if neither ``state`` nor ``temperature`` is given, ``per_example_loss`` does not return an array, or

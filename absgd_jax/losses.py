@@ -6,9 +6,9 @@ also take soft labels (mixup, distillation): floating probabilities of the shape
 **Sigmoid losses**, for binary and multi-label data, take logits and labels of one shape, which is the losses' shape.
 Labels are 0 and 1, booleans, or probabilities.
 
-**Ignored labels.** A label that is none has the loss NaN, so that it is not counted unnoticed: an integer outside
-[0, C) such as 255 or -100, soft labels that are no distribution, a sigmoid label outside [0, 1] (by more than 0.01,
-which is rounding). Leave it out with ``where``; its gradient is then 0, whatever its logits are:
+**Ignored labels.** An invalid label has the loss NaN, so that it cannot be counted unnoticed: an integer outside [0, C)
+such as 255 or -100, soft labels that are not a distribution, a sigmoid label outside [0, 1] (up to 0.01 counts
+as rounding). Leave it out with ``where``; its gradient is then 0, whatever its logits are:
 
 >>> import absgd_jax
 >>> import jax.numpy as jnp

@@ -25,7 +25,7 @@ README = {  # the rows of its table
     ("cifar10-lt-1-sym0.2", "ce"): "20 % wrong at random",
     ("cifar10-lt-1-sym0.4", "ce"): "40 % wrong at random",
     ("cifar10-lt-1-worse", "ce"): "40 % wrong, by human error",
-    ("cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes taken for their neighbours",
+    ("cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes mistaken for similar ones",
     ("cifar10-lt-10-sym0.2", "ce"): "20 % wrong at random, long tail, 10 : 1",
     ("cifar10-lt-10-sym0.2", "deferred-balanced-softmax"): "… balanced softmax",
     ("cifar10-lt-100", "ce"): "long tail, 100 : 1, cross entropy",

@@ -53,12 +53,15 @@ class Experiment:
         rows = itertools.chain.from_iterable(known[table] for table in tables or known)
         return list(dict.fromkeys(dataclasses.replace(base, **changes) for changes in rows))
 
-    def name_of(self, recipe: Recipe) -> str:
-        """The recipe without its seed, for files and tables; what of TRAINING differs from the preset is named."""
+    def changed(self, recipe: Recipe) -> dict[str, float]:
+        """What of TRAINING differs from the preset."""
         preset = self.presets[recipe.preset]
-        changed = {name: getattr(recipe, name) for name in TRAINING if getattr(recipe, name) != getattr(preset, name)}
-        name = f"{recipe.title}-{recipe.loss}{recipe.strength}"
-        return name + "".join(f"-{name.replace('_', '-')}{value:g}" for name, value in changed.items())
+        return {name: getattr(recipe, name) for name in TRAINING if getattr(recipe, name) != getattr(preset, name)}
+
+    def name_of(self, recipe: Recipe) -> str:
+        """The recipe without its seed, for files."""
+        changes = "".join(f"-{name.replace('_', '-')}{value:g}" for name, value in self.changed(recipe).items())
+        return f"{recipe.title}-{recipe.loss}{recipe.strength}{changes}"
 
     def path(self, recipe: Recipe, results: Path) -> Path:
         return results / recipe.preset / recipe.dataset / f"{self.name_of(recipe)}-s{recipe.seed}.json"

@@ -2,6 +2,7 @@
 wrong labels), and of a search.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -212,14 +213,15 @@ def wrong_labels(runs: Any):
 
 def differences(confirmed: list[dict[str, Any]]):
     """What each confirmed recipe of a search gains over the baseline: a dot for each seed, and Student's interval."""
-    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.3 * len(confirmed)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.4 * len(confirmed)), layout="constrained")
     for place, line in enumerate(confirmed):
         mean, colour = np.mean(line["difference"]), style.colour(line["method"])
         axis.plot(line["interval"], [place, place], color=colour, lw=6, alpha=0.5, solid_capstyle="butt")
         axis.plot(mean, place, "|", color=colour, ms=14, mew=3)
         axis.plot(line["difference"], np.full(len(line["difference"]), place), ".", color="black", ms=4)
-    axis.set_yticks(range(len(confirmed)), [line["recipe"] for line in confirmed])
+    lines = (line["label"].replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}") for line in confirmed)
+    axis.set_yticks(range(len(confirmed)), [textwrap.fill(line, 42, break_on_hyphens=False) for line in lines])
     axis.set_ylim(len(confirmed) - 0.5, -0.5)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlabel("gain over the baseline, points of test accuracy")
+    axis.set_xlabel("points of test accuracy over the baseline")
     return figure

@@ -23,6 +23,7 @@ from examples.readme import fill
 Frame = Any  # of pandas, whose own types do not know what a column holds
 STRENGTH = list(SYMBOLS)
 FAMILY = ["method", "loss"]
+NOTHING = "–"
 MISSING = {"log_alpha": None}  # of older records
 
 
@@ -47,14 +48,14 @@ def load(folder: Path) -> Frame:
 def strength(record: Any) -> str:
     """What says how uneven the weights are, in words."""
     given = {name: record[name] for name in STRENGTH if pd.notna(record[name]) and np.isfinite(record[name])}
-    return ", ".join(f"{SYMBOLS[name]} = {value:g}" for name, value in given.items()) or "–"
+    return ", ".join(f"{SYMBOLS[name]} = {value:g}" for name, value in given.items()) or NOTHING
 
 
 def spread(values: Frame, digits: str = ".2f") -> str:
     """Mean ± standard deviation, as far as there are values for it."""
     values = values.dropna()
     if len(values) < 2:
-        return f"{values.iloc[0]:{digits}}" if len(values) else "–"
+        return f"{values.iloc[0]:{digits}}" if len(values) else NOTHING
     return f"{values.mean():{digits}} ± {values.std():.2f}"
 
 
@@ -101,7 +102,7 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
                 "accuracy": spread(shown.accuracy),
                 "many / medium / few": " / ".join(_mean(shown[name]) for name in ("many", "medium", "few")),
                 "gain over SGD": "" if method == "sgd" else spread(shown.gain, "+.2f"),
-                "paper": f"{number['top1']:.2f}" if number else "–",
+                "paper": f"{number['top1']:.2f}" if number else NOTHING,
                 "seeds": len(shown),
             }
         )
@@ -121,7 +122,7 @@ def not_run(frame: Frame, expected: Sequence[tuple[str, str]]) -> str:
 
 def _mean(values: Frame) -> str:
     mean = values.astype(float).mean()
-    return "–" if pd.isna(mean) else f"{mean:.1f}"
+    return NOTHING if pd.isna(mean) else f"{mean:.1f}"
 
 
 def validation_table(frame: Frame) -> str:

@@ -23,11 +23,11 @@ import numpy as np
 import pandas as pd
 import scipy  # its parts are imported when they are used
 
-from examples.lab import figures, files, processes, records
+from examples import style
+from examples.lab import figures, files, processes, records, report
 from examples.lab.errors import UserError
 from examples.lab.experiment import TUNING_VALIDATION, Experiment, with_seeds
 from examples.lab.recipe import Recipe
-from examples.lab.report import spread
 
 KEYS = {"preset", "dataset", "baseline", "candidates", "choosing_seeds", "confirmed", "confirming_seeds"}
 
@@ -68,7 +68,8 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
     train([run for row in compared for run in anew(row)])
     result = []
     for row, scores in by_validation.items():
-        line = {"recipe": experiment.name_of(row), "method": row.method, "validation": scores.tolist()}
+        line = {"recipe": experiment.name_of(row), "label": label(experiment, row)}
+        line |= {"method": row.method, "validation": scores.tolist()}
         if row in compared:
             test = accuracies(anew(row), "accuracy")
             line |= {"test": test.tolist(), "difference": (test - accuracies(anew(baseline), "accuracy")).tolist()}
@@ -77,6 +78,13 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
         result.append(line)
     processes.by_first(lambda: _write(folder, space, result))
     return markdown(result)
+
+
+def label(experiment: Experiment, row: Recipe) -> str:
+    """A recipe in words, for tables and pictures."""
+    changes = (f"{name.replace('_', ' ')} {value:g}" for name, value in experiment.changed(row).items())
+    parts = (style.name(row.title), row.loss, report.strength(dataclasses.asdict(row)), *changes)
+    return ", ".join(part for part in parts if part != report.NOTHING)
 
 
 def _write(folder: Path, space: dict[str, Any], result: list[dict[str, Any]]) -> None:
@@ -92,10 +100,10 @@ def markdown(result: list[dict[str, Any]]) -> str:
     """The candidates by validation accuracy, and of the confirmed ones the difference to the baseline, the first."""
     rows = []
     for line in [result[0], *sorted(result[1:], key=lambda line: -np.mean(line["validation"]))]:
-        row = {"recipe": line["recipe"], "validation accuracy": f"{np.mean(line['validation']):.2f}"}
+        row = {"recipe": line["label"], "validation accuracy": f"{np.mean(line['validation']):.2f}"}
         row |= {"test accuracy": "" if line is result[0] else "not confirmed", "difference": "", "95 % interval": ""}
         if "test" in line:
-            row["test accuracy"] = spread(pd.Series(line["test"]))
+            row["test accuracy"] = report.spread(pd.Series(line["test"]))
         if "interval" in line:
             low, high = line["interval"]
             row |= {"difference": f"{np.mean(line['difference']):+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}"}

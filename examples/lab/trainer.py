@@ -271,7 +271,7 @@ def _shown(run: Run, line: dict[str, Any]) -> str:
     warning = ""
     if numbers["largest_weight"] > TIPPING:
         hint = ": bound it with --max-weight 3" if hasattr(run.stages[-1].method, "max_weight") else ""
-        warning = f"  [yellow]single examples have most of the weight{hint}[/]"
+        warning = f"  [yellow]the largest weights are over {TIPPING:g} times the mean{hint}[/]"
     return (
         f"epoch {line['epoch']}/{run.epochs}  loss {numbers['loss']:.4f}  rate {numbers['rate']:.3g}  "
         f"λ {lam}  sample size {numbers['sample_size']:.0%}  "

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from examples.lab import checkpoint, cli, evaluate, figures, files, plan, processes, records, report, trainer
+from examples.lab import checkpoint, cli, evaluate, figures, files, plan, processes, records, report, search, trainer
 from examples.lab.config import SGD, Run, Stage, describe, fingerprint
 from examples.lab.errors import OutOfTimeError, UsageError, UserError
 from examples.lab.input_pipeline import by_length
@@ -559,6 +559,9 @@ def test_names_say_what_the_preset_does_not():
     named = lambda **changes: EXPERIMENT.name_of(dataclasses.replace(preset, **changes))  # noqa: E731
     assert named() == named(rate=preset.rate) == "sgd-ce"
     assert named(rate=0.01, weight_decay=0.25, epochs=7) == "sgd-ce-epochs7-rate0.01-weight-decay0.25"
+    changed = dataclasses.replace(preset, method="absgd", temperature=-2.0, max_weight=3.0, weight_decay=0.25)
+    assert search.label(EXPERIMENT, changed) == "ABSGD, bounded, ce, λ = -2, c = 3, weight decay 0.25"
+    assert search.label(EXPERIMENT, preset) == "SGD, ce"
 
 
 def test_two_runs_of_one_name_are_refused(space, tmp_path, capsys):
