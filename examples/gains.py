@@ -1,4 +1,4 @@
-"""What ABSGD gains over SGD in all committed experiments of the laboratory: one figure, and the table of the README.
+"""What ABSGD gains over SGD in all committed experiments: one figure, and the table of the README, which has a rival.
 
 python -m examples.gains
 
@@ -19,6 +19,7 @@ from examples.lab import figures, report
 from examples.readme import fill
 
 FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "trust": ("D", style.RIVALS[1])}
+RIVAL = "gce"  # a column of the README's table
 WIDEST = 4.0  # points; what lies beyond is written at the edge
 SETTING = ["experiment", "dataset", "loss"]
 README = {  # the rows of its table
@@ -45,14 +46,14 @@ WORDS = {  # of the figure; what is missing is shown as it is called
 
 
 def collect(examples: Path) -> Any:
-    """A row for each dataset, loss and form of ABSGD that was run: the gains, and what SGD has."""
+    """A row for each dataset, loss and form of ABSGD, or the rival, that was run: the gains, and what SGD has."""
     rows = []
     for folder in sorted(path for path in examples.glob("*/results/*") if any(path.glob("*/*.json"))):
         for _, frame in report.load(folder).groupby("dataset"):
             runs = figures.at_the_chosen(report.tested(frame), report.chosen(frame))
             for (method, loss), family in runs.dropna(subset=["gain"]).groupby(["method", "loss"]):
                 form = method.removesuffix("-one-stage")
-                if form in FORMS:
+                if form in (*FORMS, RIVAL):
                     base = runs[(runs.method == "sgd") & (runs.loss == loss)].accuracy
                     setting = {name: family[name].iloc[0] for name in SETTING}
                     setting["loss"] += ", one stage" if form != method else ""
@@ -66,7 +67,7 @@ def table(gains: Any) -> str:
     for (dataset, loss), words in README.items():
         here = gains[(gains.dataset == dataset) & (gains.loss == loss)].set_index("method")
         found = {method: report.spread(pd.Series(row.gains), "+.2f") for method, row in here.iterrows()}
-        cells = {style.name(method): found.get(method, "–") for method in FORMS}
+        cells = {style.name(method): found.get(method, "–") for method in (*FORMS, RIVAL)}
         seeds = sorted({len(row.gains) for _, row in here.iterrows()})
         seeds = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
         rows.append({"CIFAR-10": words, "SGD, %": report.spread(here.sgd.iloc[0]), **cells, "seeds": seeds})
@@ -75,7 +76,7 @@ def table(gains: Any) -> str:
 
 def figure(gains: Any):
     """Gains of all settings, a row each."""
-    settings = list(gains.groupby(SETTING, sort=False))
+    settings = list(gains[gains.method != RIVAL].groupby(SETTING, sort=False))
     fig, axis = plt.subplots(figsize=(7.5, 0.9 + 0.24 * len(settings)), layout="constrained")
     for place, (_, rows) in enumerate(settings):
         axis.axhspan(place - 0.5, place + 0.5, color=style.SGD, alpha=0.08 * (place % 2), lw=0)
