@@ -14,7 +14,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from examples.lab import processes, profile, records, report, search, trainer
+from examples.lab import plan, processes, profile, records, report, search, trainer
 from examples.lab.errors import UsageError, UserError, exit_code
 from examples.lab.experiment import Experiment, rivals, tuned, with_seeds
 from examples.lab.recipe import Recipe
@@ -177,8 +177,19 @@ def _train(
                 content = records.record(experiment.name, recipe, run, settings, experiment.command(recipe))
                 processes.by_first(lambda p=paths[recipe], c=content: records.write(p, c))
 
-        trainer.train(list(dict.fromkeys(todo.values())), settings, console, finished)
+        def title(run, todo=todo):
+            ends = next((recipe for recipe, its in todo.items() if its == run), None)
+            if ends is not None:
+                return _title(experiment, ends)
+            first, *others = (recipe for recipe, its in todo.items() if run in plan.prefixes(its))
+            return f"first stage of {_title(experiment, first)}{f' and of {len(others)} more' if others else ''}"
+
+        trainer.train(list(dict.fromkeys(todo.values())), settings, console, finished, title)
     return list(paths.values())
+
+
+def _title(experiment: Experiment, recipe: Recipe) -> str:
+    return f"{recipe.dataset}, {search.label(experiment, recipe)}, seed {recipe.seed}"
 
 
 def _console() -> Console:

@@ -68,8 +68,8 @@ def search(experiment: Experiment, folder: Path, train: Callable[[Sequence[Recip
     train([run for row in compared for run in anew(row)])
     result = []
     for row, scores in by_validation.items():
-        line = {"recipe": experiment.name_of(row), "label": label(experiment, row)}
-        line |= {"method": row.method, "validation": scores.tolist()}
+        names = {"recipe": experiment.name_of(row), "label": label(experiment, row), "method": row.method}
+        line: dict[str, Any] = names | {"validation": scores.tolist()}
         if row in compared:
             test = accuracies(anew(row), "accuracy")
             line |= {"test": test.tolist(), "difference": (test - accuracies(anew(baseline), "accuracy")).tolist()}

@@ -56,8 +56,17 @@ def check(run: Run, data_dir: Path) -> None:
             raise UsageError(f"{type(method).__name__} needs held-out examples, and {run.task} has none.")
 
 
-def train(runs: Sequence[Run], settings: Settings, console: Console, finished: Callable[[Run], None]) -> None:
-    """Trains the runs as far as their states are not in ``settings.work``; ``finished`` is called for each of them."""
+def train(
+    runs: Sequence[Run],
+    settings: Settings,
+    console: Console,
+    finished: Callable[[Run], None],
+    title: Callable[[Run], str],
+) -> None:
+    """Trains the runs as far as their states are not in ``settings.work``; ``finished`` is called for each of them.
+
+    ``title`` says what is trained, of a run or of the first stages of one.
+    """
 
     def is_done(run):
         return checkpoint.is_finished(folder_of(run, settings))
@@ -67,7 +76,15 @@ def train(runs: Sequence[Run], settings: Settings, console: Console, finished: C
             finished(run)
         for run in runs:
             check(run, settings.data_dir)
-        for members in list(plan.groups(runs, is_done, settings.together)):
+        groups = list(plan.groups(runs, is_done, settings.together))
+        epochs = [len(members) * members[0].stages[-1].epochs for members in groups]
+        began = time.monotonic()
+        for i, members in enumerate(groups):
+            left = ""
+            if done := sum(epochs[:i]):
+                minutes = (time.monotonic() - began) / 60 / done * sum(epochs[i:])
+                left = f", about {minutes:.0f} min left"
+            console.print(f"[bold]{i + 1} of {len(groups)}[/bold]{left}: {title(members[0])}", soft_wrap=True)
             _train_stage(members, settings, console)
             for run in members:
                 if run in runs:

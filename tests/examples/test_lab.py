@@ -57,7 +57,7 @@ def end_of(run, where):
 
 
 def train(runs, where):
-    trainer.train(runs, where, QUIET, lambda run: None)
+    trainer.train(runs, where, QUIET, lambda run: None, str)
     return [end_of(run, where) for run in runs]
 
 
@@ -99,7 +99,7 @@ def test_every_method_trains_after_a_first_stage_that_is_trained_once(tmp_path):
     where, finished = settings(tmp_path), []
     runs = {name: run_of(FIRST, stage) for name, stage in WAYS.items()}
     assert len(list(plan.groups(runs.values(), lambda run: False, 1))) == len(runs) + 1
-    trainer.train(list(runs.values()), where, QUIET, finished.append)
+    trainer.train(list(runs.values()), where, QUIET, finished.append, str)
     assert set(finished) == set(runs.values())
     assert len(finished) == len(runs)
 
@@ -601,6 +601,8 @@ def test_a_search_confirms_what_validation_chose(space, tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{gains.mean() - half:+.2f} to {gains.mean() + half:+.2f}" in text
     assert text.count("not confirmed") == 2
+    assert "\n1 of 10: first stage of clouds, SGD, ce, seed 1000 and of 3 more\n" in f"\n{text}"
+    assert re.search(r"\n9 of 9, about \d+ min left: clouds, .*, seed 102\n", text)
     assert (tmp_path / "result.md").read_text().strip() in text
     assert (tmp_path / "result.png").is_file()
 
