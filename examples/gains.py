@@ -28,7 +28,9 @@ README = {  # the rows of its table
     ("cifar10-lt-1-worse", "ce"): "40 % wrong, by human error",
     ("cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes mistaken for similar ones",
     ("cifar10-lt-10-sym0.2", "ce"): "20 % wrong at random, long tail, 10 : 1",
-    ("cifar10-lt-10-sym0.2", "deferred-balanced-softmax"): "… balanced softmax",
+    ("cifar10-lt-10-sym0.4", "ce"): "40 % wrong at random, long tail, 10 : 1",
+    ("cifar10-lt-10-sym0.4", "balanced-softmax"): "… balanced softmax throughout",
+    ("cifar10-lt-10-worse", "ce"): "40 % wrong, by human error, long tail, 10 : 1",
     ("cifar10-lt-100", "ce"): "long tail, 100 : 1, cross entropy",
     ("cifar10-lt-100", "cb-ce"): "… class-balanced cross entropy",
     ("cifar10-lt-100", "deferred-balanced-softmax"): "… balanced softmax",
@@ -37,11 +39,13 @@ WORDS = {  # of the figure; what is missing is shown as it is called
     "cifar10-lt-100": "CIFAR-10, long tail 100 : 1", "cifar10-lt-1": "CIFAR-10, balanced",
     "cifar10-lt-1-sym0.2": "CIFAR-10, 20 % symmetric noise", "cifar10-lt-1-sym0.4": "CIFAR-10, 40 % symmetric noise",
     "cifar10-lt-1-sym0.6": "CIFAR-10, 60 % symmetric noise", "cifar10-lt-10-sym0.2": "CIFAR-10, 10 : 1, 20 % noise",
+    "cifar10-lt-10-sym0.4": "CIFAR-10, 10 : 1, 40 % noise", "cifar10-lt-10-worse": "CIFAR-10N, 10 : 1, 40 % human errors",
+    "cifar10-lt-100-sym0.2": "CIFAR-10, 100 : 1, 20 % noise",
     "cifar10-lt-1-asym0.4": "CIFAR-10, 20 % asymmetric noise", "cifar10-lt-1-worse": "CIFAR-10N, 40 % human errors",
     "xray64-10": "X-rays 10 : 1", "scenes-10": "scenes 10 : 1", "scenes-100": "scenes 100 : 1",
     "imdb-10": "reviews 10 : 1", "adult": "Adult", "breast-cancer": "breast cancer", "digits": "digits, clean",
     "ce": "CE", "ce, one stage": "CE, one stage", "cb-ce": "class-balanced CE", "cb-focal": "class-balanced focal",
-    "deferred-balanced-softmax": "balanced softmax",
+    "deferred-balanced-softmax": "balanced softmax", "balanced-softmax": "balanced softmax throughout",
 }  # fmt: skip
 
 
