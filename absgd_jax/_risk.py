@@ -83,8 +83,8 @@ def entropic_risk(
       losses: per-example losses, any shape. Half precision is reduced in float32; float64 stays float64.
       temperature: λ, a scalar in units of loss: positive, negative, ±inf or 0; a Python number or a traced value.
       weights: non-negative weights of the examples, matched to ``losses`` from the first axis on, so that (B,) weighs
-        the sequences of (B, T). They are normalised to sum to 1, and an example of weight 0 is left out. Default: all
-        equal.
+        the sequences of (B, T). They are normalised to sum to 1, and an example of weight 0 is left out, also of the
+        gradient in the weights. Default: all equal.
       where: boolean mask, matched likewise; False leaves a (padded) example out, whatever its loss is, NaN included.
         With nothing left, or no losses at all, the risk is -0. and its gradient 0; the sign of the zero tells
         :func:`absgd_jax.scale_by_absgd` that nothing was seen.

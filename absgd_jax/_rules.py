@@ -73,11 +73,13 @@ def check_radius(radius: ArrayLike | None, batch_size: Any) -> None:
 
 
 def adaptive_gamma(log_alpha: ArrayLike) -> Rule:
-    r"""The state-dependent γ of SCENT, given as ``gamma=``: forget fast while the risk is high.
+    r"""The state-dependent γ of SCENT, given as ``gamma=``: for λ > 0 forget fast while the risk is high.
 
     .. math:: \gamma_t = \frac{\alpha s_t}{1 + \alpha s_t} = \mathrm{sigmoid}(\log\alpha + R_t/\lambda)
 
-    It is the mirror-descent step on the dual variable log s, with step size α. The first step has γ = 1.
+    It is the mirror-descent step on the dual variable log s, with step size α. The first step has γ = 1. For λ < 0 it
+    is the other way round: γ is small while the risk is high. A past with log α + R/λ above 87 (in float32) is
+    forgotten at once.
 
     Args:
       log_alpha: log α, dimensionless. The larger, the closer is γ to 1. A good start is minus the expected final R/λ.
@@ -101,7 +103,7 @@ def adaptive_gamma(log_alpha: ArrayLike) -> Rule:
 
 def _scent(log_alpha, state, kl):
     del kl
-    logit = log_alpha + state.risk / state.temperature
+    logit = jnp.asarray(log_alpha, state.risk.dtype) + state.risk / state.temperature
     # 1 - γ has a sigmoid of its own, because it matters most where γ rounds to 1.
     return jnp.where(state.mass == 0, 1, jax.nn.sigmoid(logit)), jax.nn.sigmoid(-logit)
 
@@ -170,7 +172,8 @@ def _within_radius(rho, init, step_size, state, kl):
 
 def _mirror_step(rho, step_size, start, temperature, kl):
     """One step on log|λ|, kept away from 0 and ∞ so that it can always come back; at ∞ the start."""
-    bound = math.sqrt(jnp.finfo(temperature.dtype).max)
+    bound = math.sqrt(jnp.finfo(jnp.float32).max)  # batches may be reduced in float32 where the state is float64
+    rho, step_size, start = (jnp.asarray(x, temperature.dtype) for x in (rho, step_size, start))
     size = jnp.abs(temperature) * jnp.exp(step_size * (kl - rho))
     step = jnp.copysign(jnp.clip(size, 1 / bound, bound), temperature)
     return jnp.where(is_infinite(temperature), start, step)

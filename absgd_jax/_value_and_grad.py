@@ -18,7 +18,7 @@ from absgd_jax._recursion import settle
 from absgd_jax._risk import reduce
 from absgd_jax._state import ScaleByAbsgdState, keep_finite
 from absgd_jax._tilt import wide
-from absgd_jax._validate import check_temperature
+from absgd_jax._validate import check_not_negative, check_temperature
 
 OWN_KEYWORDS = ("state", "temperature", "where", "weights")
 
@@ -124,6 +124,8 @@ def value_and_grad(
         if num_microbatches == 1:
             part, grads, aux = part_and_grads(_devices.make_varying(params, typed), batch, kwargs)
         else:
+            if own.get("weights") is not None:
+                check_not_negative("weights", own["weights"])  # before they are sliced, which makes them JAX arrays
             slice_at, examples = _slices(batch, kwargs, num_microbatches)
             risk, _ = jax.eval_shape(lambda i: risk_of(params, *slice_at(i)), 0)
             typed |= _devices.varying(jnp.zeros_like(risk))  # each device has shares of its own

@@ -92,6 +92,8 @@ def weight_by_absgd(
         if axis_name is not None:
             part, share, _ = merge_devices(part, lam, axis_name)
         factor, state = rec.step(part.risk, part.kl, state)
-        return (factor * share * part.weight * batch.shares).astype(losses.dtype), state
+        # The shares first: a factor that overflows with the weight of the batch would make NaN of a share of 0.
+        weights = jnp.asarray(factor, losses.dtype) * (share * part.weight * batch.shares)
+        return jnp.minimum(weights, jnp.finfo(losses.dtype).max), state
 
     return LossWeighting(init_fn, update_fn)

@@ -44,10 +44,10 @@ def attention_weights(
     check_max_weight(max_weight)
     losses = jnp.asarray(losses)
     losses = losses.astype(wide(losses.dtype))
-    exponents = (losses - risk) / temperature
-    exponents = jnp.where(is_infinite(jnp.asarray(temperature, exponents.dtype)), 0, exponents)
+    temperature = jnp.asarray(temperature, losses.dtype)
+    exponents = jnp.where(is_infinite(temperature), 0, (losses - jnp.asarray(risk, losses.dtype)) / temperature)
     largest = 0.5 / jnp.finfo(exponents.dtype).tiny  # which still has a reciprocal, to be divided by
-    largest = jnp.minimum(max_weight, largest)
+    largest = jnp.minimum(jnp.asarray(max_weight, exponents.dtype), largest)
     return jnp.minimum(jnp.exp(jnp.minimum(exponents, jnp.log(largest))), largest)
 
 
@@ -72,7 +72,7 @@ def effective_sample_size(weights: ArrayLike, *, axis: int | tuple[int, ...] | N
       Kish, *Survey Sampling*, 1965.
     """
     weights = jnp.asarray(weights)
-    weights = weights.astype(wide(weights.dtype))
+    weights = weights.astype(wide(weights.dtype)) / 8  # the largest number has no reciprocal, an eighth of it has
     largest = jnp.max(weights, axis, keepdims=True, initial=0)
     weights = weights / jnp.where(largest > 0, largest, 1)  # so that no square under- or overflows
     squares = jnp.sum(weights**2, axis)

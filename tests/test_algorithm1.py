@@ -237,6 +237,22 @@ def test_a_batch_far_above_a_past_that_stays_has_a_finite_weight():
     assert state.risk == 0
 
 
+def test_batches_of_one_huge_value_do_not_poison_the_state():
+    optimizer = absgd_jax.scale_by_absgd(1.0)
+    step, state = jax.jit(lambda state, value: optimizer.update(jnp.ones(1), state, value=value)), optimizer.init(1.0)
+    for value in np.float32([7e19, 7e19, 7e19]):
+        update, state = step(state, value)
+        np.testing.assert_allclose(state.risk, value, rtol=1e-6)
+        assert np.isfinite(update)
+
+
+def test_weights_that_overflow_are_as_large_as_they_can_be():
+    weighting = absgd_jax.weight_by_absgd(0.01, lambda count: jnp.where(count < 1, 1.0, 0.0))
+    _, state = weighting.update(jnp.array([0.1, 0.2]), weighting.init())
+    weights, _ = weighting.update(jnp.array([-5.0, 3.0]), state)
+    assert weights.tolist() == [0.0, float(jnp.finfo(jnp.float32).max)]
+
+
 @pytest.mark.parametrize(("lam", "log_alpha", "value"), [(-0.02, -1.0, 2.3), (0.5, -1.0, -60.0), (-2.0, 0.0, 300.0)])
 def test_an_adaptive_gamma_that_underflows_has_the_weights_of_the_recursion(lam, log_alpha, value):
     weighting = absgd_jax.weight_by_absgd(lam, absgd_jax.adaptive_gamma(log_alpha))

@@ -144,6 +144,16 @@ def test_infinite_and_nan_losses():
     assert np.isnan(entropic_risk(jnp.array([1.0, jnp.nan]), 1.0))
 
 
+@pytest.mark.parametrize(("loss", "temperature"), [(1e30, 1.0), (508263.8, -1e-4), (5.6214164e9, 1.0)])
+@pytest.mark.parametrize("size", [1, 3, 6, 7, 100])
+def test_the_risk_of_equal_losses_is_the_loss_however_large(loss, temperature, size):
+    losses, weights = jnp.full(size, loss, jnp.float32), jnp.float32(rng.uniform(1e-5, 1, size))
+    for risk in (entropic_risk, jax.jit(entropic_risk)):
+        np.testing.assert_allclose(risk(losses, temperature), losses[0], rtol=1e-6)
+        np.testing.assert_allclose(risk(losses, temperature, weights=weights), losses[0], rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(entropic_risk)(losses, temperature), 1 / size, rtol=1e-5)
+
+
 def test_axis_reduces_some_axes_only():
     losses = jnp.float32(rng.exponential(size=(3, 4, 5)))
     where = losses > 0.2
@@ -206,6 +216,7 @@ def test_attention_weights_and_effective_sample_size():
     assert effective_sample_size(jnp.array([3e-30, 3e-30, 0, 0])) == 2
     assert effective_sample_size(jnp.array([2e30, 2e30, 2e30])) == 3
     assert effective_sample_size(jnp.zeros(3)) == 0
+    assert effective_sample_size(jnp.array([3.4e38, 3.4e38, 1.0])) == 2
     overflowing = attention_weights(jnp.array([0.0, 1e4, 2e4]), 0.0, 1.0)
     assert np.isfinite(overflowing).all()
     assert effective_sample_size(overflowing) == 2

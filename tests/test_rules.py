@@ -205,3 +205,31 @@ def test_rules_work_in_the_optimizers_under_injection_and_apply_if_finite():
     injected = optax.inject_hyperparams(partial(absgd_jax.absgd, temperature=trust_fraction(0.6)))(0.1)
     state = injected.init(w)
     assert absgd_jax.value_and_grad(lambda w, x: x)(w, jnp.arange(3.0), state=state)[0] == 1
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_numbers_of_another_precision_change_no_dtype(wide):
+    """Under strict promotion nothing is converted by itself, and the state may be wider than the losses."""
+    losses = np.float32([1.0, 2.0, 3.0])
+    radius = kl_radius(np.float64(0.5), init=np.float64(2.0), step_size=np.float64(0.1))
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
+        for rule in (radius, trust_fraction(np.float64(0.6)), 2.0):
+            weighting = absgd_jax.weight_by_absgd(rule, absgd_jax.adaptive_gamma(np.float64(-1.0)))
+            state = weighting.init()
+            for _ in range(3):
+                weights, state = weighting.update(losses, state)
+            assert weights.dtype == np.float32
+            assert state.risk.dtype == (np.float64 if wide else np.float32)
+        assert absgd_jax.attention_weights(losses, state.risk, np.float64(2.0)).dtype == np.float32
+
+
+def test_a_wide_state_keeps_lambda_within_the_range_of_narrow_losses():
+    losses = jnp.array([1.0, 2.0, 3.0], jnp.float32)
+    with jax.enable_x64(True):
+        weighting = absgd_jax.weight_by_absgd(kl_radius(0.5, init=-1.0))
+        body = lambda _, state: weighting.update(0 * losses, state)[1]  # noqa: E731
+        state = jax.jit(lambda state: jax.lax.fori_loop(0, 3000, body, state))(weighting.init())
+        weights, _ = weighting.update(losses, state)
+    assert jnp.float32(state.temperature) < 0
+    np.testing.assert_allclose(absgd_jax.entropic_risk(losses, jnp.float32(state.temperature)), 1.0)
+    assert np.isfinite(weights).all()

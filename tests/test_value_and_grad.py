@@ -263,6 +263,14 @@ def test_weights_that_do_not_fit_are_refused(name, shape):
         absgd_jax.entropic_risk(jnp.ones((B, 3)), 1.0, **{name: jnp.ones(shape, bool)})
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
+def test_weights_that_are_negative_or_not_finite_are_refused(bad, k):
+    f = absgd_jax.value_and_grad(lambda w, x: x @ w, num_microbatches=k)
+    with pytest.raises(ValueError, match=f"weights contains {bad}"):
+        f(W, X, temperature=1.0, weights=np.where(np.arange(B) == 1, bad, 1.0))
+
+
 def test_a_batch_by_keyword_only_cannot_be_sliced():
     f = absgd_jax.value_and_grad(lambda w, *, x: x @ w, num_microbatches=2)
     with pytest.raises(ValueError, match="positional arguments after params, and there are none"):
