@@ -124,8 +124,12 @@ def reduction_inputs(
 
 
 def clip_losses(losses: jax.Array, temperature: jax.Array, threshold: ArrayLike | None) -> jax.Array:
-    """Losses beyond the threshold (above it for λ > 0, below it for λ < 0) weigh as much as one that lies on it."""
+    """Losses beyond the threshold (above it for λ > 0, below it for λ < 0) weigh as much as one that lies on it.
+
+    One that is infinite stays so: its batch is broken, and must not look like one that is not.
+    """
     if threshold is None:
         return losses
     threshold = jnp.asarray(threshold, losses.dtype)
-    return jnp.where(temperature < 0, jnp.maximum(losses, threshold), jnp.minimum(losses, threshold))
+    clipped = jnp.where(temperature < 0, jnp.maximum(losses, threshold), jnp.minimum(losses, threshold))
+    return jnp.where(jnp.isfinite(losses), clipped, losses)

@@ -246,6 +246,22 @@ def test_batches_of_one_huge_value_do_not_poison_the_state():
         assert np.isfinite(update)
 
 
+@pytest.mark.parametrize("max_weight", [float("inf"), 3.0])
+@pytest.mark.parametrize("lam", [1.0, -1.0])
+def test_an_infinite_loss_leaves_the_state_as_it_is(lam, max_weight):
+    """Alone in a batch, or all of it; at λ < 0 the loss of weight 0 is +inf, and the others are counted."""
+    weighting = absgd_jax.weight_by_absgd(lam, max_weight=max_weight)
+    state = weighting.init()
+    for _ in range(2):
+        _, state = weighting.update(jnp.array([1.0, 2.0, 4.0]), state)
+    bad = np.copysign(np.inf, lam)
+    for losses in ([1.0, bad, 2.0], [bad, bad, bad]):
+        _, after = jax.jit(weighting.update)(jnp.array(losses), state)
+        assert after.risk == state.risk
+    _, after = jax.jit(weighting.update)(jnp.array([1.0, -bad, 2.0]), state)
+    assert np.isfinite(after.risk)
+
+
 def test_weights_that_overflow_are_as_large_as_they_can_be():
     weighting = absgd_jax.weight_by_absgd(0.01, lambda count: jnp.where(count < 1, 1.0, 0.0))
     _, state = weighting.update(jnp.array([0.1, 0.2]), weighting.init())
