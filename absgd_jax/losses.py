@@ -382,8 +382,7 @@ def _mark(labels: jax.Array, classes: int) -> jax.Array:
 
 def _counts(class_counts: ArrayLike, logits: ArrayLike = 0.0, *shapes: tuple[int, ...]) -> jax.Array:
     """Counts in the dtype of the loss; ValueError if Python's or NumPy's are none, or none of the shapes is theirs."""
-    known = _validate.check_not_negative("class_counts", class_counts)
-    if known and not np.all(np.any(np.atleast_1d(class_counts), -1)):
+    if _validate.check_not_negative("class_counts", class_counts) and 0 in np.any(np.atleast_2d(class_counts), -1):
         raise ValueError(f"class_counts={class_counts!r}: no class occurs. Count the labels of the training data.")
     counts = jnp.asarray(class_counts, _tilt.wide(jnp.result_type(logits)))
     if shapes and counts.shape not in shapes:
