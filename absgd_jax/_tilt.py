@@ -50,11 +50,10 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
     at_zero, at_infinity = temperature == 0, is_infinite(temperature)
     wide = (top - bottom < jnp.abs(temperature)) | at_infinity
     anchor = jnp.where(wide, total(weights * values) / weight, extreme)
-    anchor = jnp.where(empty, 0, anchor)
     # Where λ is 0 or ∞ the anchor is the risk; elsewhere it cancels and needs no derivative. A mean that was rounded to
     # a number outside the values would be many λ away from all of them where they are large.
-    inside = jnp.where(empty, 0, jnp.clip(anchor, bottom, top))
-    anchor = jnp.where(at_infinity | at_zero, anchor, jax.lax.stop_gradient(inside))
+    inside = jax.lax.stop_gradient(jnp.clip(anchor, bottom, top))
+    anchor = jnp.where(empty, 0, jnp.where(at_infinity | at_zero, anchor, inside))
 
     gaps = jnp.where(present, values - anchor, 0)
     scale = jnp.where(at_infinity, 1, temperature)

@@ -505,11 +505,13 @@ def test_no_class_at_all_is_refused(name):
     for counts in ([0, 0, 0], np.zeros(3), np.zeros(3, int)):
         with pytest.raises(ValueError, match=r"class_counts=.*0.*no class occurs"):
             COUNTED[name](counts)
-    if name == "sigmoid_logit_adjustment":  # of one of several labels
-        with pytest.raises(ValueError, match=r"class_counts=.*0.*no class occurs"):
-            losses.sigmoid_logit_adjustment(jnp.zeros((4, 2)), jnp.zeros((4, 2)), [[3, 2], [0, 0]])
     # Unseen under tracing: nothing is weighed, and nothing is NaN.
     np.testing.assert_array_equal(jax.jit(losses.class_balanced_weights)(jnp.zeros(3)), 0)
+
+
+def test_a_label_that_neither_occurs_nor_is_absent_is_refused():
+    with pytest.raises(ValueError, match=r"class_counts=.*0.*no class occurs"):
+        losses.sigmoid_logit_adjustment(jnp.zeros((4, 2)), jnp.zeros((4, 2)), [[3, 2], [0, 0]])
 
 
 @pytest.mark.parametrize(
