@@ -173,7 +173,8 @@ def long_tail_with_wrong_labels(right: float) -> list[dict[str, Any]]:
     negative, trust = absgd((-1.0, -2.0, -5.0)), {"method": "trust", "fraction": right}
     positive = ({"begin": 0.25, **changes} for changes in BOUNDED)
     at_the_end = ({"loss": "deferred-balanced-softmax", **changes} for changes in ({}, *negative, *BOUNDED))
-    throughout = ({}, {"begin": 0.0, **trust}, *({"begin": 0.25, **changes} for changes in negative))
+    rival = ({"begin": 0.0, "method": "gce", "parameter": q} for q in (0.3, 0.5, 0.7))
+    throughout = ({}, {"begin": 0.0, **trust}, *rival, *({"begin": 0.25, **changes} for changes in negative))
     better = ({"loss": "balanced-softmax", **changes} for changes in throughout)
     return [*wrong_labels(right), *positive, *at_the_end, *better]
 

@@ -19,3 +19,4 @@ LOSSES: dict[str, Loss] = {
     **{f"logit-adjustment-{tau:g}": partial(losses.logit_adjustment, tau=tau) for tau in (1.25, 1.5, 2.0)},
 }
 NEEDS_COSINES = ("ldam",)  # losses of a normalised classifier
+LOG_PROBABILITIES = tuple(name for name in LOSSES if name not in ("focal", "ldam"))  # minus the log of a probability

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from examples.lab import methods
 from examples.lab.classifiers import CLASSIFIERS
 from examples.lab.errors import UsageError
-from examples.lab.losses import LOSSES, NEEDS_COSINES
+from examples.lab.losses import LOG_PROBABILITIES, LOSSES, NEEDS_COSINES
 from examples.lab.task import Task
 
 Kind = TypeVar("Kind", bound=Task)
@@ -45,7 +45,10 @@ SYMBOLS = {  # of what says how uneven the weights are
     "max_weight": "c",
     "log_alpha": "log α",
 }
-OF_CROSS_ENTROPY = ("gce", "sce", "smoothing", "forward")  # methods that are functions of it
+ON = {  # losses of which a method is a function; others take any
+    **dict.fromkeys(("gce", "sce"), LOG_PROBABILITIES),
+    **dict.fromkeys(("smoothing", "forward"), ("ce",)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,7 @@ class Recipe:
 
     def rules(self) -> dict[str, bool]:
         """What has to be true of the numbers; a comparison with NaN is not."""
+        suited = ON.get(self.method, LOSSES)
         return {
             f"--temperature {self.temperature}: it must be a number other than 0": abs(self.temperature) > 0,
             f"--kl-radius {self.kl_radius}: it must be above 0": self.kl_radius is None
@@ -132,8 +136,8 @@ class Recipe:
             not in ("gce", "smoothing")
             or self.parameter is None
             or self.parameter <= 1,
-            f"--method {self.method} is a function of cross entropy, not of --loss {self.loss}": (
-                self.method not in OF_CROSS_ENTROPY or self.losses[1] == "ce"
+            f"--method {self.method} is a function of {' or '.join(suited)}, not of --loss {self.loss}": (
+                self.losses[1] in suited
             ),
             f"--loss {self.loss} needs a normalised classifier, which this experiment has not": (
                 self.COSINES or self.losses[1] not in NEEDS_COSINES

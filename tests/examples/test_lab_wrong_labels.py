@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from examples.lab.losses import LOG_PROBABILITIES, LOSSES
 from examples.lab.methods import Batch, Outputs
 from examples.lab.methods.early_learning import EarlyLearning
 from examples.lab.methods.robust_losses import FUNCTIONS, RobustLoss
@@ -86,6 +87,14 @@ def test_losses_of_probabilities(name):
 
 def test_every_function_is_tested():
     assert set(FUNCTIONS) == {*BY_HAND, "rgd"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_a_probability_sum_to_one_over_the_labels(name):
+    logits, counts = jnp.tanh(jnp.asarray(X @ KERNEL)), jnp.arange(1, C + 1)
+    each_label = jax.vmap(lambda label: LOSSES[name](logits, jnp.full(B, label), counts))(jnp.arange(C))
+    total = jnp.exp(-each_label).sum(axis=0)
+    assert jnp.allclose(total, 1, atol=1e-5) == (name in LOG_PROBABILITIES)
 
 
 @pytest.mark.parametrize(("name", "number"), [("gce", 1e-7), ("smoothing", 0.0), ("forward", 0.0)])
