@@ -44,7 +44,7 @@ class CifarRecipe(Recipe):
     @property
     def title(self):
         ending = "" if self.momentum else "-no-momentum"
-        ending += "-one-stage" if self.begin == 0 and self.method == "absgd" else ""
+        ending += "-one-stage" if self.begin == 0 and self.method in ("absgd", "within-class") else ""
         ending += "" if self.second_rate == 1 else f"-rate{self.second_rate:g}"
         return super().title + ending
 
