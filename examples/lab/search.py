@@ -108,7 +108,7 @@ def markdown(result: list[dict[str, Any]]) -> str:
             low, high = line["interval"]
             row |= {"difference": f"{np.mean(line['difference']):+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}"}
         rows.append(row)
-    return pd.DataFrame(rows).to_markdown(index=False)
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
