@@ -133,7 +133,7 @@ def validation_table(frame: Frame) -> str:
     table["method"] = table.method.map(style.name)
     several = table.groupby(FAMILY).strength.transform("size") > 1
     names = {"strength": "hyper-parameters", "mean": "validation accuracy", "size": "seeds"}
-    return table[several].rename(columns=names).to_markdown(index=False)
+    return table[several].rename(columns=names).to_markdown(index=False, floatfmt=".2f")
 
 
 def made_with(frame: Frame) -> str:
@@ -166,7 +166,7 @@ def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> 
     expected = sorted(
         pairs, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else len(order), pair[0])
     )
-    parts = [rows(frame, experiment.paper.get(dataset, {}), expected).to_markdown(index=False)]
+    parts = [rows(frame, experiment.paper.get(dataset, {}), expected).to_markdown(index=False, disable_numparse=True)]
     if missing := not_run(frame, expected):
         parts.append(f"Not run: {missing}.")
     if frame.validation_accuracy.notna().any():
