@@ -583,6 +583,17 @@ def space(tmp_path):
     return content
 
 
+def test_numbers_of_a_search_keep_their_sign_and_both_digits():
+    baseline = {"label": "SGD", "validation": [40.0], "test": [70.0, 71.0]}
+    best = {"label": "ABSGD", "validation": [42.5], "test": [72.0, 73.0], "difference": [2.0, 2.0], "interval": [2, 2]}
+    lines = search.markdown([baseline, best]).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == [
+        ["SGD", "40.00", "70.50 ± 0.71", "", ""],
+        ["ABSGD", "42.50", "72.50 ± 0.71", "+2.00", "+2.00 to +2.00"],
+    ]
+
+
 def test_a_search_confirms_what_validation_chose(space, tmp_path, capsys):
     assert cli.main(EXPERIMENT, ["search", str(tmp_path), "--work", str(tmp_path / "work")]) == 0
     found = json.loads((tmp_path / "result.json").read_text())
