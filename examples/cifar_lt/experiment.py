@@ -44,7 +44,7 @@ class CifarRecipe(Recipe):
     @property
     def title(self):
         ending = "" if self.momentum else "-no-momentum"
-        ending += "-one-stage" if self.begin == 0 and self.method in ("absgd", "within-class") else ""
+        ending += "-one-stage" if self.begin == 0 and self.method == "absgd" else ""
         ending += "" if self.second_rate == 1 else f"-rate{self.second_rate:g}"
         return super().title + ending
 
@@ -173,8 +173,8 @@ def long_tail_with_wrong_labels(right: float) -> list[dict[str, Any]]:
     negative, rows = absgd((-1.0, -2.0, -5.0)), wrong_labels(right)
     positive = ({"begin": 0.25, **changes} for changes in BOUNDED)
     at_the_end = ({"loss": "deferred-balanced-softmax", **changes} for changes in ({}, *negative, *BOUNDED))
-    on_any_loss = (row for row in rows if row.get("method") in (None, "absgd", "within-class", "trust", "gce"))
-    return [*rows, *positive, *at_the_end, *({"loss": "balanced-softmax", **row} for row in on_any_loss)]
+    compared = (row for row in rows if row.get("method") in (None, "absgd", "within-class", "trust", "gce"))
+    return [*rows, *positive, *at_the_end, *({"loss": "balanced-softmax", **row} for row in compared)]
 
 
 def misjudged(right: float, loss: str) -> list[dict[str, Any]]:
