@@ -118,10 +118,7 @@ def of_speed(records: list[Record]) -> str:
         }
         for record in records
     ]
-    devices = {record["device"] for record in records}
-    not_run = [] if "cpu" in devices else ["CPU: not run."]
-    not_run += [] if devices - {"cpu"} else ["Accelerator: not run."]
-    return "\n\n".join([table(rows)] * bool(rows) + [" ".join(not_run)])
+    return table(rows) if rows else "Speed: not run."
 
 
 def figure(records: list[Record], path: Path) -> None:

@@ -20,16 +20,23 @@ def names() -> list[str]:
 
 
 def section(name: str) -> str:
-    """The question, the table, the plot and how they were made."""
-    records = read(name)
-    if not records:
+    """The question, and on each platform the table, the plot and how they were made."""
+    files = [name, *sorted(path.stem for path in RESULTS.glob(f"{name}-*.json"))]
+    found = {file: records for file in files if (records := read(file))}
+    if not found:
         return f"### {name}\n\nNot run: `python -m benchmarks.{name}`."
-    module, one = importlib.import_module(f"benchmarks.{name}"), records[0]
-    versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
+    module = importlib.import_module(f"benchmarks.{name}")
     question, mark, rest = (module.__doc__ or "").splitlines()[0].partition("?")
-    module.figure(records, RESULTS / f"{name}.png")
-    parts = [f"### {question}{mark}", rest.strip(), module.markdown(records), f"![{name}](results/{name}.png)"]
-    return "\n\n".join([*parts, f"`{one['command']}` on {one['hardware']}; {versions}."])
+    parts = [f"### {question}{mark}", rest.strip()]
+    for file, records in found.items():
+        one = records[0]
+        versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
+        if file != name:
+            parts.append(f"#### On {one['hardware']}")
+        module.figure(records, RESULTS / f"{file}.png")
+        parts += [module.markdown(records), f"![{file}](results/{file}.png)"]
+        parts.append(f"`{one['command']}` on {one['hardware']}; {versions}.")
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def markdown(records: list[Record]) -> str:
             "bytes": f"{record['bytes_ratio']:.4f}",
             "temporary memory": f"{record['temporary_bytes_ratio']:.4f}",
             "time (quartiles)": f"{middle:.3f} ({low:.3f} to {high:.3f})",
-            "compiling, s": f"{record['compile_seconds']:.1f}",
+            "compiling, s": "–" if record["compile_seconds"] is None else f"{record['compile_seconds']:.1f}",
             "extra state, bytes": f"{record['extra_state_bytes']:,}",
             "collectives (between the passes)": (
                 f"{record['collectives']} ({record['collectives_before_backward']})" if "collectives" in record else "–"

@@ -24,14 +24,19 @@ class Program(NamedTuple):
     step: Callable[..., Any]
     init: Callable[[], Any]  # its first state
     compiled: Any
-    compile_seconds: float
+    compile_seconds: float | None  # None where it may have been read from a cache
 
 
 def compile_step(step: Callable[..., Any], init: Callable[[], Any], *arguments: Any) -> Program:
     """Compiles a step for arguments, or for their shapes; nothing is allocated."""
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(init), *arguments).compile()
-    return Program(step, init, compiled, time.perf_counter() - began)
+    return Program(step, init, compiled, seconds_since(began))
+
+
+def seconds_since(began: float) -> float | None:
+    """What a compilation took that began then; nothing, where programs are kept for the next process."""
+    return None if jax.config.jax_compilation_cache_dir else time.perf_counter() - began
 
 
 def figures(compiled: Any) -> dict[str, float]:

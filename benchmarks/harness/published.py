@@ -17,6 +17,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 import absgd_jax
+from benchmarks.harness import programs
 from benchmarks.harness.names import EPOCH, PUBLISHED, ROUNDED, STEPWISE, SWEEP
 from benchmarks.harness.records import Record
 from examples.cifar_lt import data
@@ -291,11 +292,12 @@ def contender(method: str, dtype: Any, runs: int, epoch: Callable[..., Any], sta
     )
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
+def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float | None]:
     """The compiled function and how many seconds that took."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     program = jax.jit(function).lower(*args).compile()
-    return program, rounded_to(time.perf_counter() - start)
+    seconds = programs.seconds_since(began)
+    return program, None if seconds is None else rounded_to(seconds)
 
 
 def speed(options: Any) -> list[Record]:

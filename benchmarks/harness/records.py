@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import examples.style  # noqa: F401  all figures have one style
 from examples.environment import hardware, versions
 from examples.lab.errors import UserError
@@ -16,11 +18,17 @@ RESULTS = Path(__file__).parents[1] / "results"
 Record = dict[str, Any]
 
 
+def of_platform(name: str) -> str:
+    """The name of a benchmark's files; those of an accelerator stand beside those of the CPU."""
+    platform = jax.default_backend()
+    return name if platform == "cpu" else f"{name}-{platform}"
+
+
 def write(name: str, records: Sequence[Record], folder: Path | None = None) -> Path:
-    """Writes ``name.json``, a record a line, each with the hardware, the versions and the command."""
+    """Writes the JSON of a benchmark, a record a line, each with the hardware, the versions and the command."""
     command = f"python -m benchmarks.{name} {shlex.join(sys.argv[1:])}".strip()
     common = {"hardware": hardware(), "versions": versions(), "command": command}
-    path = (folder or RESULTS) / f"{name}.json"
+    path = (folder or RESULTS) / f"{of_platform(name)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(record | common, allow_nan=False) for record in records)
     path.write_text(f"[\n{lines}\n]\n")
@@ -43,12 +51,12 @@ def publish(
 
     What was there is replaced when all is drawn; until then the new JSON is in the folder ``unfinished``.
     """
-    unfinished, plot = RESULTS / "unfinished", RESULTS / f"{name}.png"
+    unfinished, plot = RESULTS / "unfinished", RESULTS / f"{of_platform(name)}.png"
     try:
         path = write(name, measure(), unfinished)
     except (UserError, OSError) as error:
         sys.exit(str(error))
-    records = read(name, unfinished)
+    records = read(of_platform(name), unfinished)
     text = markdown(records)
     figure(records, plot)
     path = path.replace(RESULTS / path.name)
