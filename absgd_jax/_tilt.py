@@ -1,7 +1,7 @@
 """Exponential tilting: the one numerical kernel, which reduces a batch, merges its parts and averages over time."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,12 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
     values = jnp.where(present, values, 0)
 
     def total(x):
-        return jnp.sum(x, axis, keepdims=True)
+        return _reduce(jnp.add, x, axis)
 
     def largest(x):
-        return jnp.max(jnp.where(present, x, -jnp.inf), axis, keepdims=True, initial=-jnp.inf)
+        return _reduce(jnp.maximum, jnp.where(present, x, -jnp.inf), axis, initial=-jnp.inf)
 
-    empty = jnp.logical_not(jnp.any(present, axis, keepdims=True))
+    empty = jnp.logical_not(_reduce(jnp.logical_or, present, axis))
     weight = jnp.where(empty, 1, total(weights))
     top, bottom = largest(values), -largest(-values)
     extreme = jnp.where(temperature < 0, bottom, top)
@@ -81,6 +81,17 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
         kl=jnp.squeeze(kl, axis),
         weight=jnp.squeeze(total(weights), axis),
     )
+
+
+def _reduce(operation: Any, x: jax.Array, axis: Axis, **options: Any) -> jax.Array:
+    """A reduction that keeps its axes.
+
+    That of a pair, such as the past and a batch, is written out: it fuses with what is around it, where each reduction
+    is a kernel of its own.
+    """
+    if x.shape == (2,):
+        return operation(x[:1], x[1:])
+    return operation.reduce(x, axis=axis, keepdims=True, **options)
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:

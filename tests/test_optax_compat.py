@@ -153,6 +153,16 @@ def test_state_goes_through_scan_and_cond():
     assert_trees(assert_allclose, scanned, step(*step(*start, *batch)[:2], *batch)[:2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, -1.0, absgd_jax.trust_fraction(0.6)])
+def test_an_update_is_elementwise(temperature):
+    """On an accelerator it fuses: a reduction, though of two numbers, would be a kernel of its own."""
+    optimizer = scale_by_absgd(temperature)
+    program = jax.make_jaxpr(lambda grads, state, risk: optimizer.update(grads, state, value=risk, kl=risk))
+    text = str(program(jnp.ones(3), optimizer.init(jnp.ones(3)), 1.0))
+    assert "exp" in text
+    assert "reduce_" not in text
+
+
 @pytest.mark.parametrize(
     "make",
     [
