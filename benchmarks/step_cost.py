@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import tyro
 from jax.sharding import PartitionSpec as P
+from matplotlib.ticker import EngFormatter
 from rich.progress import Progress
 
 from benchmarks.harness import programs, steps
@@ -280,13 +281,15 @@ def markdown(records: list[Record]) -> str:
             ),
         }
         rows.append(row)
+    seconds = EngFormatter("s", places=1)
+    base = "; ".join(f"{model} {seconds(m['SGD']['seconds_of_baseline'])}" for model, m in by_model(records).items())
     scalings = "; ".join(
         f"{model} {m['SGD']['parameters'] / m['SGD']['flops']:.3%}" for model, m in by_model(records).items()
     )
     return (
         f"{table(aims)}\n\nABSGD scales the gradient by a number, which is one FLOP for each parameter. Of "
         f"SGD's FLOPs that is: {scalings}.\n\n{table(rows)}\n\nRatios to SGD in the same run, batches of "
-        f"{records[0]['batch_size']}. Collectives over {DEVICES} devices."
+        f"{records[0]['batch_size']}; a step of SGD takes: {base}. Collectives over {DEVICES} devices."
     )
 
 

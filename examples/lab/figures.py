@@ -84,10 +84,8 @@ def training(runs: Any):
     losses = [loss for loss, family in runs.groupby("loss", sort=False) if family.method.nunique() > 1]
     if not losses:
         return None
-    figure, axes = plt.subplots(
-        1, len(losses), figsize=(3.2 * len(losses), 2.8), layout="constrained", squeeze=False, sharey=True
-    )
-    for axis, loss in zip(axes[0], losses, strict=True):
+    figure, axes = panels(len(losses), sharey=True)
+    for axis, loss in zip(axes, losses, strict=True):
         for method, family in runs[runs.loss == loss].groupby("method", sort=False):
             series = np.array([each["test_accuracy"] for each in family.by_epoch])
             axis.plot(*series.mean(axis=0).T, marker=".", **look(method, family))
@@ -97,8 +95,18 @@ def training(runs: Any):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         below(axis)
-    axes[0, 0].set_ylabel("test accuracy, %")
+    figure.supylabel("test accuracy, %", fontsize="medium")
     return figure
+
+
+def panels(count: int, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure of as many axes, at most four in a row."""
+    columns, rows = min(count, 4), -(-count // 4)
+    size = 3.2 * columns, 2.8 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+    for spare in axes.flat[count:]:
+        spare.remove()
+    return figure, list(axes.flat[:count])
 
 
 def below(axis: Any) -> None:
@@ -151,10 +159,8 @@ def strengths(frame: Any):
     ]
     if not families:
         return None
-    figure, axes = plt.subplots(
-        1, len(families), figsize=(3.2 * len(families), 2.8), layout="constrained", squeeze=False
-    )
-    for axis, ((loss, method), family) in zip(axes[0], families, strict=True):
+    figure, axes = panels(len(families))
+    for axis, ((loss, method), family) in zip(axes, families, strict=True):
         plain = runs[(runs.method == method.replace("absgd", "sgd")) & (runs.loss == loss)]
         if len(plain):
             axis.axhline(plain.validation_accuracy.mean(), color=style.SGD, label=style.name("sgd"))
@@ -171,7 +177,7 @@ def strengths(frame: Any):
         axis.set_title(f"{loss}, {style.name(method)}", loc="left", fontsize=9)
         axis.set_xlabel("|λ|" if (family.temperature < 0).any() else "λ")
         axis.legend(fontsize=7)
-    axes[0, 0].set_ylabel("validation accuracy, %")
+    figure.supylabel("validation accuracy, %", fontsize="medium")
     return figure
 
 

@@ -112,7 +112,17 @@ def test_collectives_of_a_program_written_by_hand():
 def test_flops_of_a_product():
     program = programs.compile_step(lambda state, x: (state[0], x @ state[0]), lambda: (W, X), X)
     assert programs.figures(program.compiled)["flops"] == 2 * 32 * 4 * 4
-    assert program.compile_seconds > 0
+
+
+def test_what_may_be_read_from_a_cache_has_no_time_of_compilation(tmp_path):
+    kept = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert programs.compile_step(lambda state, x: state @ x.T, lambda: W, W).compile_seconds > 0
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        assert programs.compile_step(lambda state, x: state @ x.T, lambda: W, W).compile_seconds is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def test_bytes_of_a_tree():

@@ -33,6 +33,19 @@ def test_records_come_back_with_what_they_depend_on(folder):
         assert "CPU" in record["hardware"]
 
 
+@pytest.mark.usefixtures("benchmark")
+def test_results_of_an_accelerator_stand_beside_those_of_the_cpu(folder, monkeypatch):
+    before = records.write("speed", [{"value": 1}]).read_text()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    records.publish("speed", lambda: [{"value": 2}] * 3, lambda rows: "", lambda rows, path: path.touch())
+    assert (folder / "speed.json").read_text() == before
+    assert len(records.read("speed-tpu")) == 3
+    text = report.section("speed")
+    assert text.index("![speed](results/speed.png)") < text.index("#### On ") < text.index("table of 3")
+    assert text.index("table of 3") < text.index("![speed-tpu](results/speed-tpu.png)")
+    assert (folder / "speed-tpu.png").read_text() == "3"
+
+
 def test_there_are_no_records_of_what_was_not_run():
     assert records.read("speed") == []
 

@@ -197,6 +197,7 @@ def record(method, **changes):
     same = {"flops_ratio": 1.0, "bytes_ratio": 1.0, "temporary_bytes_ratio": 1.0, "time_ratio": 1.0}
     meetings = {"collectives": 2, "collectives_before_backward": 0, "collective_bytes": [404, 96]}
     counts = {"parameters": 100, "flops": 4e4, "batch_size": 8, "compile_seconds": 0.25, "extra_state_bytes": 16}
+    counts["seconds_of_baseline"] = 5e-5
     if method == "SGD":
         meetings |= {"collectives": 1, "collective_bytes": [404]}
         counts["extra_state_bytes"] = 0
@@ -232,6 +233,7 @@ def test_table_and_figure(tmp_path):
     records.append({name: value for name, value in record("META").items() if not name.startswith("collective")})
     text = step_cost.markdown(records)
     assert "MLP 0.250%; B 0.250%" in text
+    assert "a step of SGD takes: MLP 50.0 µs; B 50.0 µs." in text
     assert "| ABSGD | 1.0000 | 1.0000 | 1.0000 | 1.010 (0.900 to 1.100) | 0.2 | 16 | 2 (0) |" in text
     assert "| META | 1.0000 | 1.0000 | 1.0000 | 1.000 (0.900 to 1.100) | 0.2 | 16 | – |" in text
     step_cost.figure(records, tmp_path / "step_cost.png")
