@@ -21,19 +21,21 @@ from examples.readme import fill
 FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "trust": ("D", style.RIVALS[1])}
 RIVAL = "gce"  # a column of the README's table
 WIDEST = 4.0  # points; what lies beyond is written at the edge
-SETTING = ["experiment", "dataset", "loss"]
+SETTING = ["experiment", "preset", "dataset", "loss"]
 README = {  # the rows of its table
-    ("cifar10-lt-1-sym0.2", "ce"): "20 % wrong at random",
-    ("cifar10-lt-1-sym0.4", "ce"): "40 % wrong at random",
-    ("cifar10-lt-1-worse", "ce"): "40 % wrong, by human error",
-    ("cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes mistaken for similar ones",
-    ("cifar10-lt-10-sym0.2", "ce"): "20 % wrong at random, long tail, 10 : 1",
-    ("cifar10-lt-10-sym0.4", "ce"): "40 % wrong at random, long tail, 10 : 1",
-    ("cifar10-lt-10-sym0.4", "balanced-softmax"): "… balanced softmax throughout",
-    ("cifar10-lt-10-worse", "ce"): "40 % wrong, by human error, long tail, 10 : 1",
-    ("cifar10-lt-100", "ce"): "long tail, 100 : 1, cross entropy",
-    ("cifar10-lt-100", "cb-ce"): "… class-balanced cross entropy",
-    ("cifar10-lt-100", "deferred-balanced-softmax"): "… balanced softmax",
+    ("noise", "cifar10-lt-1-sym0.2", "ce"): "20 % wrong at random",
+    ("noise", "cifar10-lt-1-sym0.4", "ce"): "40 % wrong at random",
+    ("noise", "cifar10-lt-1-worse", "ce"): "40 % wrong, by human error",
+    ("noise", "cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes mistaken for similar ones",
+    ("noise", "cifar10-lt-10-sym0.2", "ce"): "20 % wrong at random, long tail, 10 : 1",
+    ("noise", "cifar10-lt-10-sym0.4", "ce"): "40 % wrong at random, long tail, 10 : 1",
+    ("noise", "cifar10-lt-10-sym0.4", "balanced-softmax"): "… balanced softmax throughout",
+    ("noise", "cifar10-lt-10-worse", "ce"): "40 % wrong, by human error, long tail, 10 : 1",
+    ("fast", "cifar10-lt-100", "ce"): "long tail, 100 : 1, cross entropy",
+    ("fast", "cifar10-lt-100", "cb-ce"): "… class-balanced cross entropy",
+    ("fast", "cifar10-lt-100", "deferred-balanced-softmax"): "… balanced softmax",
+    ("fast", "cifar10-lt-100", "ldam"): "… LDAM",
+    ("fast", "cifar10-lt-100", "cb-ldam"): "… class-balanced LDAM",
 }
 WORDS = {  # of the figure; what is missing is shown as it is called
     "cifar10-lt-100": "CIFAR-10, long tail 100 : 1", "cifar10-lt-1": "CIFAR-10, balanced",
@@ -45,6 +47,7 @@ WORDS = {  # of the figure; what is missing is shown as it is called
     "xray64-10": "X-rays 10 : 1", "scenes-10": "scenes 10 : 1", "scenes-100": "scenes 100 : 1",
     "imdb-10": "reviews 10 : 1", "adult": "Adult", "breast-cancer": "breast cancer", "digits": "digits, clean",
     "ce": "CE", "ce, one stage": "CE, one stage", "cb-ce": "class-balanced CE", "cb-focal": "class-balanced focal",
+    "ldam": "LDAM", "cb-ldam": "class-balanced LDAM",
     "deferred-balanced-softmax": "balanced softmax", "balanced-softmax": "balanced softmax throughout",
 }  # fmt: skip
 
@@ -68,8 +71,8 @@ def collect(examples: Path) -> Any:
 def table(gains: Any) -> str:
     """The table of the README, in Markdown."""
     rows = []
-    for (dataset, loss), words in README.items():
-        here = gains[(gains.dataset == dataset) & (gains.loss == loss)].set_index("method")
+    for (preset, dataset, loss), words in README.items():
+        here = gains[(gains.preset == preset) & (gains.dataset == dataset) & (gains.loss == loss)].set_index("method")
         found = {method: report.spread(pd.Series(row.gains), "+.2f") for method, row in here.iterrows()}
         cells = {style.name(method): found.get(method, "–") for method in (*FORMS, RIVAL)}
         seeds = sorted({len(row.gains) for _, row in here.iterrows()})
@@ -87,7 +90,11 @@ def figure(gains: Any):
         for shift, (_, row) in enumerate(rows.iterrows(), 1):
             draw(axis, place - 0.5 + shift / (len(rows) + 1), row)
     axis.axvline(0, color="black", lw=0.8)
-    labels = [f"{WORDS.get(dataset, dataset)}: {WORDS.get(loss, loss)}" for (_, dataset, loss), _ in settings]
+    network = {"paper": ", ResNet-32"}
+    labels = [
+        f"{WORDS.get(dataset, dataset)}{network.get(preset, '')}: {WORDS.get(loss, loss)}"
+        for (_, preset, dataset, loss), _ in settings
+    ]
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set_xlim(-WIDEST, WIDEST)
