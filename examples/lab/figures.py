@@ -84,7 +84,7 @@ def training(runs: Any):
     losses = [loss for loss, family in runs.groupby("loss", sort=False) if family.method.nunique() > 1]
     if not losses:
         return None
-    figure, axes = panels(len(losses), sharey=True)
+    figure, axes = panels(len(losses), "test accuracy, %", sharey=True)
     for axis, loss in zip(axes, losses, strict=True):
         for method, family in runs[runs.loss == loss].groupby("method", sort=False):
             series = np.array([each["test_accuracy"] for each in family.by_epoch])
@@ -95,17 +95,18 @@ def training(runs: Any):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         below(axis)
-    figure.supylabel("test accuracy, %", fontsize="medium")
     return figure
 
 
-def panels(count: int, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure of as many axes, at most four in a row."""
+def panels(count: int, ylabel: str, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure of as many axes, at most four in a row, of which the first is labelled."""
     columns, rows = min(count, 4), -(-count // 4)
     size = 3.2 * columns, 2.8 * rows
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
     for spare in axes.flat[count:]:
         spare.remove()
+    for first in axes[:, 0]:
+        first.set_ylabel(ylabel)
     return figure, list(axes.flat[:count])
 
 
@@ -159,7 +160,7 @@ def strengths(frame: Any):
     ]
     if not families:
         return None
-    figure, axes = panels(len(families))
+    figure, axes = panels(len(families), "validation accuracy, %")
     for axis, ((loss, method), family) in zip(axes, families, strict=True):
         plain = runs[(runs.method == method.replace("absgd", "sgd")) & (runs.loss == loss)]
         if len(plain):
@@ -177,7 +178,6 @@ def strengths(frame: Any):
         axis.set_title(f"{loss}, {style.name(method)}", loc="left", fontsize=9)
         axis.set_xlabel("|λ|" if (family.temperature < 0).any() else "λ")
         axis.legend(fontsize=7)
-    figure.supylabel("validation accuracy, %", fontsize="medium")
     return figure
 
 
