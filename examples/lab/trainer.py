@@ -30,6 +30,7 @@ from examples.lab.input_pipeline import (
 from examples.lab.task import Data, Split, Task
 from examples.lab.train_step import Facts, Metrics, State, first_state, take_over, train_step
 
+CHECKPOINT_SECONDS = 10  # at least, from one to the next; on a GPU an epoch takes less than its checkpoint
 TIPPING = 5  # times the mean weight; second stages with larger ones, averaged over an epoch, lost what they began with
 
 
@@ -149,6 +150,7 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
         lines = checkpoint.read_lines(folder / "metrics.jsonl", done)
         batches = _Batches(first, data, settings)
         states, over = processes.spread(states, batches.sharding(P())), batches.sharding(P("data"))
+        due = time.monotonic()
         for epoch in range(done, first.epochs):
             began = time.perf_counter()
             states, metrics = batches.epoch(stages, states)
@@ -159,9 +161,12 @@ def _train_stage(members: Sequence[Run], settings: Settings, console: Console) -
             lines.append(line)
             # The line first: one without a checkpoint is taken out again, a checkpoint without a line would be a gap.
             processes.by_first(lambda line=line: checkpoint.append_line(folder / "metrics.jsonl", line))
-            checkpoint.save(manager, epoch + 1, states)
+            stop = processes.agreed(time.monotonic() > settings.deadline)
+            if stop or processes.agreed(time.monotonic() >= due):
+                checkpoint.save(manager, epoch + 1, states)
+                due = time.monotonic() + CHECKPOINT_SECONDS
             console.print(_shown(first, line), soft_wrap=True)
-            if processes.agreed(time.monotonic() > settings.deadline):
+            if stop:
                 raise OutOfTimeError
         if stage.classifier is not None:
             states = _fit_classifier(first, data, states, over)

@@ -686,6 +686,7 @@ def test_a_kill_on_either_side_of_the_last_line_leaves_no_gap(tmp_path, monkeypa
             raise KeyboardInterrupt
         act(*arguments)
 
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, at, die)
         with pytest.raises(KeyboardInterrupt):
@@ -694,6 +695,32 @@ def test_a_kill_on_either_side_of_the_last_line_leaves_no_gap(tmp_path, monkeypa
     one, other = (trainer.left_by(run, where)[1] for where in (whole, cut))
     assert [line["epoch"] for line in other] == [1, 2]
     assert [line["test_accuracy"] for line in other] == [line["test_accuracy"] for line in one]
+
+
+def test_short_epochs_have_no_checkpoint_and_are_trained_again_after_a_kill(tmp_path, monkeypatch):
+    run, whole, cut = run_of(second(Absgd(1.0), epochs=4)), settings(tmp_path / "whole"), settings(tmp_path / "cut")
+    train([run], whole)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 1e6)
+    saved, append, save = [], checkpoint.append_line, checkpoint.save
+
+    def counted(manager, epoch, state):
+        saved.append(epoch)
+        save(manager, epoch, state)
+
+    def die(path, line):
+        append(path, line)
+        if line["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "append_line", die)
+        patched.setattr(checkpoint, "save", counted)
+        with pytest.raises(KeyboardInterrupt):
+            train([run], cut)
+    assert saved == [1]
+    (end,) = train([run], cut)
+    same(end, train([run], whole)[0])
+    assert [line["epoch"] for line in trainer.left_by(run, cut)[1]] == [1, 2, 3, 4]
 
 
 def test_states_are_restored_by_name_wherever_they_were(tmp_path):
