@@ -84,14 +84,14 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
 
 
 def _reduce(operation: Any, x: jax.Array, axis: Axis, **options: Any) -> jax.Array:
-    """A reduction that keeps its axes.
+    """A reduction to a number, or one that keeps the axes that are named.
 
     That of a pair, such as the past and a batch, is written out: it fuses with what is around it, where each reduction
     is a kernel of its own.
     """
-    if x.shape == (2,):
-        return operation(x[:1], x[1:])
-    return operation.reduce(x, axis=axis, keepdims=True, **options)
+    if axis is None and x.shape == (2,):
+        return operation(*x)
+    return operation.reduce(x, axis=axis, keepdims=axis is not None, **options)
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:

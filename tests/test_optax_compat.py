@@ -598,7 +598,8 @@ SETTINGS = {
     "positive_corrected": (2.0, 0.3, True),
     "negative": (-2.0, 0.5, False),
     "infinite": (INF, 0.9, False),
-    "schedules": (optax.linear_schedule(4.0, 1.0, 30), optax.linear_schedule(1.0, 0.3, 30), False),
+    # In numbers without rounding, because optax computes schedules in float32 whatever the rest is computed in.
+    "schedules": (optax.linear_schedule(4.0, 1.0, 32), optax.linear_schedule(1.0, 0.25, 32), False),
     "two_stages_corrected": (lambda count: jnp.where(count < 20, INF, 1.0), 0.5, True),
     "kl_radius": (kl_radius(0.5), 0.9, False),
     "adaptive_gamma": (2.0, adaptive_gamma(-1.0), False),
