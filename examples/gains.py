@@ -90,9 +90,8 @@ def figure(gains: Any):
         for shift, (_, row) in enumerate(rows.iterrows(), 1):
             draw(axis, place - 0.5 + shift / (len(rows) + 1), row)
     axis.axvline(0, color="black", lw=0.8)
-    network = {"paper": ", ResNet-32"}
     labels = [
-        f"{WORDS.get(dataset, dataset)}{network.get(preset, '')}: {WORDS.get(loss, loss)}"
+        f"{WORDS.get(dataset, dataset)}{', ResNet-32' * (preset == 'paper')}: {WORDS.get(loss, loss)}"
         for (_, preset, dataset, loss), _ in settings
     ]
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
