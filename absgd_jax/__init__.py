@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from absgd_jax import losses as losses
 from absgd_jax._alias import abadam as abadam, absgd as absgd
+from absgd_jax._groups import within_groups as within_groups
 from absgd_jax._merge import merge_risks as merge_risks
 from absgd_jax._risk import entropic_risk as entropic_risk
 from absgd_jax._rules import (

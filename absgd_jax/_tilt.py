@@ -112,6 +112,14 @@ def align(name: str, value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.reshape(value, given + (1,) * (len(shape) - len(given))), shape)
 
 
+def align_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts a mask in the same way."""
+    where = align("where", where, shape)
+    if where.dtype != bool:
+        raise TypeError(f"where has dtype {where.dtype}: give booleans, such as mask != 0; fractions are weights=.")
+    return where
+
+
 def reduction_inputs(
     losses: ArrayLike, temperature: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -126,10 +134,7 @@ def reduction_inputs(
         check_not_negative("weights", weights)
         weights = align("weights", weights, losses.shape).astype(losses.dtype)
     if where is not None:
-        where = align("where", where, losses.shape)
-        if where.dtype != bool:
-            raise TypeError(f"where has dtype {where.dtype}: give booleans, such as mask != 0; fractions are weights=.")
-        weights = jnp.where(where, weights, 0)
+        weights = jnp.where(align_mask(where, losses.shape), weights, 0)
     return losses, jnp.asarray(temperature, losses.dtype), weights
 
 

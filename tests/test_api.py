@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "Rule", "ScaleByAbsgdState", "abadam", "absgd", "adaptive_gamma", "attention_weights", "effective_sample_size",
     "entropic_risk", "focus_fraction", "kl_radius", "losses", "merge_risks", "scale_by_absgd", "trust_fraction",
-    "value_and_grad", "weight_by_absgd",
+    "value_and_grad", "weight_by_absgd", "within_groups",
 }  # fmt: skip
 LOSSES = {
     "balanced_softmax", "class_balanced_weights", "deferred_reweighting", "focal", "ldam", "logit_adjustment",

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, as a long-tailed stream or with wrong labels."""
+"""scikit-learn's handwritten digits: a long-tailed stream, a long tail, wrong labels."""
 
 from typing import NamedTuple
 
@@ -32,6 +32,14 @@ def stream(split: Split, rng: np.random.Generator, *, size: int = 12_800, ratio:
     likelihood = ratio ** (-split.y / (CLASSES - 1)) / np.bincount(split.y)[split.y]
     drawn = rng.choice(len(split.y), size, p=likelihood / likelihood.sum())
     return Split(split.x[drawn], split.y[drawn])
+
+
+def long_tail(split: Split, rng: np.random.Generator, *, ratio: float = 10.0) -> Split:
+    """All examples of class 0, fewer of each following class, 1/``ratio`` of them of the last."""
+    numbers = np.bincount(split.y).min() * ratio ** (-np.arange(CLASSES) / (CLASSES - 1))
+    members = [rng.permutation(np.flatnonzero(split.y == c))[: round(n)] for c, n in enumerate(numbers)]
+    kept = np.concatenate(members)
+    return Split(split.x[kept], split.y[kept])
 
 
 def wrong_labels(split: Split, rng: np.random.Generator, *, rate: float) -> Split:

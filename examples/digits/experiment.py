@@ -1,21 +1,66 @@
 """The settings, and the protocol: choose on the validation split, test once with other seeds."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from rich.progress import Progress
 
-import absgd_jax
-from examples.digits.data import CLASSES, Split, load, stream, wrong_labels
+from absgd_jax import kl_radius, trust_fraction, weight_by_absgd, within_groups
+from examples.digits.data import CLASSES, Split, load, long_tail, stream, wrong_labels
 from examples.digits.train import Data, History, train_together
 
 TUNING_SEEDS = range(1000, 1003)
 TOGETHER = 15  # runs in one call, so that tuning and testing share a program
+
+
+class Weighting(NamedTuple):
+    """A pair of functions: init() -> state, and update(losses, state, labels) -> (weights, state)."""
+
+    init: Callable
+    update: Callable
+
+
+def absgd(temperature):
+    """ABSGD, which does not look at the labels. With λ = ∞ it is SGD."""
+    weighting = weight_by_absgd(temperature)
+    return Weighting(weighting.init, lambda losses, state, labels: weighting.update(losses, state))
+
+
+def absgd_radius(rho):
+    """ABSGD with a KL radius."""
+    return absgd(kl_radius(rho))
+
+
+def absgd_trust(fraction):
+    """ABSGD with λ < 0 for a fraction of right labels."""
+    return absgd(trust_fraction(fraction))
+
+
+def absgd_within(temperature):
+    """ABSGD within classes."""
+    return within_groups(weight_by_absgd(temperature, gamma=0.1, bias_correction=True), CLASSES)
+
+
+def generalised(q):
+    """Generalised cross entropy, (1 - exp(-q L))/q, whose gradient is weighted by exp(-q L)."""
+    weights = lambda losses, state, labels: (jnp.exp(-q * jax.lax.stop_gradient(losses)), state)  # noqa: E731
+    return Weighting(lambda: (), weights)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What weights the losses, and the values to choose from."""
+
+    rule: Callable[[Any], Any]  # the pair of functions, of a value
+    values: Sequence[float] = (float("inf"),)
+    balanced: bool = False  # whether the loss is balanced softmax, else cross entropy
 
 
 @dataclass(frozen=True)
@@ -27,19 +72,18 @@ class Setting:
     batch_size: int
     passes: int
     rates: Sequence[float]
-    methods: Mapping[str, tuple[Callable, Sequence[float]]]  # what makes a temperature of a value, and the values
+    methods: Mapping[str, Method]
     noise: float | None = None  # the fraction of wrong labels; None is the stream
+    imbalanced: bool = False  # whether classes with wrong labels have a long tail
     records_per_pass: int = 1
 
 
-def fixed(lam):
-    """The temperature itself."""
-    return lam
-
-
-def trust(fraction: float) -> tuple[Callable, Sequence[float]]:
+def trust(fraction: float) -> Method:
     """Nothing to tune. Nobody trusts more than 99 %."""
-    return absgd_jax.trust_fraction, (round(min(fraction, 0.99), 2),)
+    return Method(absgd_trust, (round(min(fraction, 0.99), 2),))
+
+
+NEGATIVE = (-4.0, -2.0, -1.4, -1.0)
 
 
 def noisy_labels(rate: float) -> Setting:
@@ -51,13 +95,29 @@ def noisy_labels(rate: float) -> Setting:
         passes=20,
         rates=(0.01, 0.03, 0.1, 0.3, 1.0),
         methods={
-            "SGD": (fixed, (float("inf"),)),
-            "ABSGD, λ tuned": (fixed, (-4.0, -2.0, -1.4, -1.0)),
+            "SGD": Method(absgd),
+            "ABSGD, λ tuned": Method(absgd, NEGATIVE),
             "ABSGD, fraction known": trust(1 - rate),
             "… 0.1 too small": trust(0.9 - rate),
             "… 0.1 too large": trust(1.1 - rate),
         },
         noise=rate,
+    )
+
+
+def noisy_long_tail(rate: float) -> Setting:
+    """Rare examples and wrong labels both have large losses. All but SGD are on balanced softmax."""
+    return dataclasses.replace(
+        noisy_labels(rate),
+        title=f"{rate:.0%} wrong labels, long tail, MLP".replace("%", " %"),
+        methods={
+            "SGD": Method(absgd),
+            "Balanced softmax": Method(absgd, balanced=True),
+            "Generalised CE": Method(generalised, (0.2, 0.3, 0.5, 0.7), balanced=True),
+            "ABSGD, λ tuned": Method(absgd, NEGATIVE, balanced=True),
+            "ABSGD within classes": Method(absgd_within, NEGATIVE, balanced=True),
+        },
+        imbalanced=True,
     )
 
 
@@ -69,13 +129,14 @@ SETTINGS = (
         passes=1,
         rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
         methods={
-            "SGD": (fixed, (float("inf"),)),
-            "ABSGD, λ tuned": (fixed, (2.0, 1.0, 0.5, 0.25)),
-            "ABSGD, ρ tuned": (absgd_jax.kl_radius, (0.6, 1.0, 2.0, 3.0)),
+            "SGD": Method(absgd),
+            "ABSGD, λ tuned": Method(absgd, (2.0, 1.0, 0.5, 0.25)),
+            "ABSGD, ρ tuned": Method(absgd_radius, (0.6, 1.0, 2.0, 3.0)),
         },
         records_per_pass=20,
     ),
     *map(noisy_labels, (0.0, 0.2, 0.4, 0.6)),
+    noisy_long_tail(0.3),
 )
 
 
@@ -85,21 +146,30 @@ def draw(setting: Setting, train: Split, evaluation: Split, seed: int, *, noisy:
     if setting.noise is None:
         drawn = stream(train, rng)
         return Data(*drawn, (drawn.y >= CLASSES // 2).astype(np.float32)), evaluation
+    train = long_tail(train, rng) if setting.imbalanced else train
     drawn = wrong_labels(train, rng, rate=setting.noise)
     evaluation = wrong_labels(evaluation, rng, rate=setting.noise) if noisy else evaluation
     return Data(*drawn, (drawn.y != train.y).astype(np.float32)), evaluation
 
 
-def every(setting: Setting, rule: Callable, choices: Sequence[tuple], problems: Mapping[int, tuple]) -> History:
+def every(setting: Setting, method: Method, choices: Sequence[tuple], problems: Mapping[int, tuple]) -> History:
     """The History, with axes (choice, seed, record), of every choice (learning rate, value) with every seed."""
-    runs = [(*problems[seed], seed, *map(np.float32, choice)) for choice in choices for seed in problems]
+
+    def counts(data):
+        return np.bincount(data.y, minlength=CLASSES) if method.balanced else np.ones(CLASSES, int)
+
+    runs = [
+        (*problems[seed], counts(problems[seed][0]), seed, *map(np.float32, choice))
+        for choice in choices
+        for seed in problems
+    ]
     parts = []
     for begin in range(0, len(runs), TOGETHER):
         part = runs[begin : begin + TOGETHER]
         part += part[-1:] * (TOGETHER - len(part))  # the last one is filled up
         stacked = jax.tree.map(lambda *a: np.stack(a), *part)
         schedule = {name: getattr(setting, name) for name in ("batch_size", "passes", "records_per_pass")}
-        parts.append(train_together(*stacked, rule=rule, sizes=setting.sizes, **schedule))
+        parts.append(train_together(*stacked, rule=method.rule, sizes=setting.sizes, **schedule))
     shape = len(choices), len(problems)
     return jax.tree.map(lambda *a: np.concatenate(a)[: len(runs)].reshape(*shape, *a[0].shape[1:]), *parts)
 
@@ -113,11 +183,11 @@ def run(setting: Setting, seeds: Sequence[int], progress: Progress) -> dict[str,
     tuning = {seed: draw(setting, train, validation, seed, noisy=True) for seed in TUNING_SEEDS}
     final = {seed: draw(setting, train, test, seed, noisy=False) for seed in seeds}
     methods = {}
-    for name, (rule, values) in progress.track(setting.methods.items(), description=setting.title):
-        choices = list(itertools.product(setting.rates, values))
-        scores = every(setting, rule, choices, tuning).accuracy[:, :, -1].mean((-1, -2)).tolist()
+    for name, method in progress.track(setting.methods.items(), description=setting.title):
+        choices = list(itertools.product(setting.rates, method.values))
+        scores = every(setting, method, choices, tuning).accuracy[:, :, -1].mean((-1, -2)).tolist()
         score, (rate, value) = max(zip(scores, choices, strict=True))
-        tested = every(setting, rule, [(rate, value)], final)
+        tested = every(setting, method, [(rate, value)], final)
         accuracy = tested.accuracy[0].astype(float)  # seed, record, class
         last = accuracy[:, -1]
         methods[name] = {
@@ -136,6 +206,7 @@ def run(setting: Setting, seeds: Sequence[int], progress: Progress) -> dict[str,
     return {
         "title": setting.title,
         "noise": setting.noise,
+        "imbalanced": setting.imbalanced,
         "passes": setting.passes,
         "records_per_pass": setting.records_per_pass,
         "batch_size": setting.batch_size,

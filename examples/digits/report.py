@@ -1,26 +1,26 @@
 """The tables and the figure, drawn from the JSON alone. As a command: those of the committed results."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from examples import style
 from examples.readme import fill
 
-TRUSTED = style.RIVALS[1]
 COLOURS = {
     "SGD": style.SGD,
     "ABSGD, λ tuned": style.ABSGD,
-    "ABSGD, ρ tuned": style.RIVALS[0],
-    "ABSGD, fraction known": TRUSTED,
+    "ABSGD, ρ tuned": style.BOUNDED,
+    "ABSGD, fraction known": style.BOUNDED,
+    "Balanced softmax": style.RIVALS[3],
+    "Generalised CE": style.RIVALS[0],
+    "ABSGD within classes": style.BOUNDED,
 }
 
 
@@ -29,15 +29,20 @@ def _pm(mean_std, sign=""):
 
 
 def tables(result: dict[str, Any]) -> Iterator[list[tuple[str, ...]]]:
-    """The stream's table and that of the wrong labels, which has a column for each rate; the header comes first."""
-    stream, *noisy = result["settings"]
-    rows = [("Stream", "rate", "λ or ρ", "accuracy", "worst class", "gain over SGD")]
-    for name, m in stream["methods"].items():
-        gain = _pm(m["gain"], "+") if m["gain"] else ""
-        rows.append((name, f"{m['learning_rate']:g}", str(m["value"]), _pm(m["accuracy"]), _pm(m["worst_class"]), gain))
-    yield rows
+    """The tables of the stream, of wrong labels at each rate, and of both; the header comes first."""
+    stream, *noisy, both = result["settings"]
+    yield _table("Stream", "λ or ρ", stream)
     rows = [("Wrong labels", *(f"{s['noise']:.0%}".replace("%", " %") for s in noisy))]
     yield rows + [(name, *(_pm(s["methods"][name]["accuracy"]) for s in noisy)) for name in noisy[0]["methods"]]
+    yield _table("Noisy long tail", "λ or q", both)
+
+
+def _table(title, value, setting):
+    rows = [(title, "rate", value, "accuracy", "worst class", "gain")]
+    for name, m in setting["methods"].items():
+        gain = _pm(m["gain"], "+") if m["gain"] else ""
+        rows.append((name, f"{m['learning_rate']:g}", str(m["value"]), _pm(m["accuracy"]), _pm(m["worst_class"]), gain))
+    return rows
 
 
 def terminal(rows: list[tuple[str, ...]]) -> Table:
@@ -61,12 +66,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any], path: Path) -> None:
-    """Accuracy, accuracy by class and weight: of the stream, of 40 % wrong labels, and over the rates of those."""
-    stream, *noisy = result["settings"]
+    """Accuracy, accuracy by class and weight: of the stream, of 40 % wrong labels, and of a long tail with them."""
+    stream, *noisy, both = result["settings"]
     fig, axes = plt.subplots(3, 3, figsize=(10.5, 7.4), layout="constrained")
     _while_training(axes[:, 0], stream, "rare classes")
     _while_training(axes[:, 1], next(s for s in noisy if s["noise"] == 0.4), "wrong labels")
-    _over_rates(axes[:, 2], noisy)
+    _while_training(axes[:, 2], both, "wrong labels")
     for axis in axes[1]:
         axis.set_ylim(0, 100)
     for axis in axes[2]:
@@ -97,34 +102,10 @@ def _while_training(axes, setting, watched):
     top.set_title(setting["title"], fontweight="bold", fontsize=10, loc="left")
     top.set_ylim(top=100)
     top.legend(loc="lower right", handlelength=1.6, fontsize=8)
-    middle.set_xlabel("class, from frequent to rare" if setting["noise"] is None else "class")
+    ordered = setting["noise"] is None or setting["imbalanced"]
+    middle.set_xlabel("class, from frequent to rare" if ordered else "class")
     middle.set_xticks(range(len(m["per_class"])))
     bottom.set_title(f"{watched}: weight relative to the rest", fontsize=9, loc="left")
-
-
-def _over_rates(axes, settings):
-    top, middle, bottom = axes
-    rates = [100 * s["noise"] for s in settings]
-    panels = (
-        lambda m: m["accuracy"][0],
-        lambda m: m["worst_class"][0],
-        lambda m: m["weight_by_record"][-1] or math.nan,  # there is none without wrong labels
-    )
-    for axis, of in zip(axes, panels, strict=True):
-        lines = {name: [of(s["methods"][name]) for s in settings] for name in settings[0]["methods"]}
-        _, _, *trusted = lines.values()
-        lower, upper = ([*map(extreme, *trusted)] for extreme in (min, max))
-        for name in [name for name in lines if name in COLOURS]:
-            axis.plot(rates, lines[name], marker="o", ms=4, label=name, **_style(name))
-        axis.fill_between(rates, lower, upper, color=TRUSTED, alpha=0.25, lw=0, label="… misjudged by up to 0.1")
-        axis.set_xlabel("wrong labels in %")
-        axis.set_xticks(rates)
-    top.set_title("0 to 60 % wrong labels, MLP", fontweight="bold", fontsize=10, loc="left")
-    top.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    top.set_ylim(top=100)
-    middle.set_title("worst class", fontsize=9, loc="left")
-    middle.legend(loc="lower left", handlelength=1.6, fontsize=8)
-    bottom.set_title("wrong labels: weight relative to the rest", fontsize=9, loc="left")
 
 
 if __name__ == "__main__":

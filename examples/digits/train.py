@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-import absgd_jax
+from absgd_jax import losses
 from examples.digits import models
 from examples.digits.data import CLASSES
 
@@ -29,32 +29,30 @@ class History(NamedTuple):
     weight: jax.Array  # mean weight of a special example over that of the others, since the last record
 
 
-def per_example_loss(params, x, y):
-    return optax.softmax_cross_entropy_with_integer_labels(models.logits(params, x), y)
+def train(params, data, evaluation, key, *, weighting, counts, learning_rate, batch_size, passes, records_per_pass=1):
+    """The parameters after some passes, and the History. The learning rate falls to 0 along a cosine.
 
-
-loss_and_grad = absgd_jax.value_and_grad(
-    lambda params, x, y: (per_example_loss(params, x, y),) * 2, has_aux=True, with_kl=True
-)
-
-
-def train(params, data, evaluation, key, *, learning_rate, temperature, batch_size, passes, records_per_pass=1):
-    """The parameters after some passes, and the History. The learning rate falls to 0 along a cosine."""
+    ``weighting`` is a pair of functions as that of :func:`absgd_jax.within_groups`. ``counts`` are those of the classes
+    that balanced softmax is told; equal ones make it cross entropy.
+    """
     chunk = len(data.y) // batch_size // records_per_pass  # steps between two records
     steps = passes * records_per_pass * chunk
-    optimizer = absgd_jax.absgd(lambda t: learning_rate * (1 + jnp.cos(jnp.pi * t / steps)) / 2, temperature)
+    optimizer = optax.sgd(lambda t: learning_rate * (1 + jnp.cos(jnp.pi * t / steps)) / 2, momentum=0.9)
     shape = (records_per_pass, chunk, batch_size)
 
+    def objective(params, state, x, y):
+        values = losses.balanced_softmax(models.logits(params, x), y, counts)
+        weights, state = weighting.update(values, state, y)
+        return jnp.mean(weights * values), (weights, state)
+
     def step(carry, batch):
-        params, state = carry
+        params, optimizer_state, state = carry
         x, y, special = batch
-        lam = state[0].temperature
-        ((risk, kl), losses), grads = loss_and_grad(params, x, y, state=state)
-        updates, state = optimizer.update(grads, state, params, value=risk, kl=kl)
-        weights = jax.nn.softmax(losses / lam)
+        grads, (weights, state) = jax.grad(objective, has_aux=True)(params, state, x, y)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state)
         seen = jnp.stack([weights @ special, weights @ (1 - special), special.sum(), (1 - special).sum()])
         params: Any = optax.apply_updates(params, updates)
-        return (params, state), seen
+        return (params, optimizer_state, state), seen
 
     def record(carry, order):
         carry, seen = jax.lax.scan(step, carry, jax.tree.map(lambda a: a[order], data))
@@ -68,17 +66,18 @@ def train(params, data, evaluation, key, *, learning_rate, temperature, batch_si
         return jax.random.permutation(key, len(data.y))[: math.prod(shape)].reshape(shape)
 
     orders = jax.vmap(order_of)(jax.random.split(key, passes))
-    (params, _), history = jax.lax.scan(record, (params, optimizer.init(params)), orders.reshape(-1, *shape[1:]))
+    start = params, optimizer.init(params), weighting.init()
+    (params, *_), history = jax.lax.scan(record, start, orders.reshape(-1, *shape[1:]))
     return params, history
 
 
 @partial(jax.jit, static_argnames=("rule", "sizes", "batch_size", "passes", "records_per_pass"))
-def train_together(data, evaluation, seeds, rates, values, *, rule, sizes, **schedule):
-    """The History of several runs, with axes (run, record); ``rule`` makes a temperature of a value."""
+def train_together(data, evaluation, counts, seeds, rates, values, *, rule, sizes, **schedule):
+    """The History of several runs, with axes (run, record); ``rule`` makes a weighting of a value."""
 
-    def one(data, evaluation, seed, rate, value):
+    def one(data, evaluation, counts, seed, rate, value):
         init_key, key = jax.random.split(jax.random.key(seed))
-        params = models.init(init_key, sizes)
-        return train(params, data, evaluation, key, learning_rate=rate, temperature=rule(value), **schedule)[1]
+        options = {"weighting": rule(value), "counts": counts, "learning_rate": rate} | schedule
+        return train(models.init(init_key, sizes), data, evaluation, key, **options)[1]
 
-    return jax.vmap(one)(data, evaluation, seeds, rates, values)
+    return jax.vmap(one)(data, evaluation, counts, seeds, rates, values)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from examples.digits import data, experiment, main, models, train
-from examples.digits.experiment import SETTINGS, draw, noisy_labels
+from examples.digits.experiment import SETTINGS, draw, noisy_labels, noisy_long_tail
 
 
 def test_splits_are_disjoint_stratified_and_complete():
@@ -40,6 +40,22 @@ def test_wrong_labels_are_wrong_and_as_many_as_asked():
     assert set(noisy.y) <= set(range(10))
 
 
+def test_the_long_tail_has_its_class_counts():
+    full, *_ = data.load()
+    kept = data.long_tail(full, np.random.default_rng(0))
+    largest = np.bincount(full.y).min()
+    np.testing.assert_array_equal(np.bincount(kept.y), np.round(largest * 10.0 ** (-np.arange(10) / 9)))
+    assert len({x.tobytes() for x in kept.x}) == len(kept.y)
+
+
+def test_generalised_cross_entropy_as_weights_has_its_gradient():
+    losses, q = jnp.array([0.1, 1.0, 4.0]), 0.7
+    weighting = experiment.generalised(q)
+    by_weights = jax.grad(lambda x: jnp.mean(weighting.update(x, weighting.init(), None)[0] * x))(losses)
+    by_loss = jax.grad(lambda x: jnp.mean((1 - jnp.exp(-q * x)) / q))(losses)
+    np.testing.assert_allclose(by_weights, by_loss, rtol=1e-6)
+
+
 def test_infinite_temperature_is_optax_sgd_with_a_cosine():
     full, validation, _ = data.load()
     x, y = jnp.array(full.x[:100]), jnp.array(full.y[:100])
@@ -47,7 +63,7 @@ def test_infinite_temperature_is_optax_sgd_with_a_cosine():
     params = models.init(key, (64, 8, 10))
     ours, _ = train.train(
         params, train.Data(x, y, jnp.zeros(100)), data.Split(jnp.array(validation.x), jnp.array(validation.y)), key,
-        learning_rate=0.1, temperature=jnp.inf, batch_size=32, passes=2,
+        weighting=experiment.absgd(jnp.inf), counts=np.ones(10), learning_rate=0.1, batch_size=32, passes=2,
     )  # fmt: skip
     cosine = optax.cosine_decay_schedule(0.1, decay_steps=6)
     optimizer = optax.sgd(cosine, momentum=0.9)
@@ -78,11 +94,21 @@ def test_labels_are_as_wrong_for_tuning_as_for_training_and_right_for_the_test()
     np.testing.assert_array_equal(again.y, drawn.y)
 
 
+def test_a_noisy_long_tail_is_tuned_and_tested_on_balanced_classes():
+    full, validation, test = data.load()
+    setting = noisy_long_tail(0.3)
+    drawn, tuned_on = draw(setting, full, validation, 0, noisy=True)
+    assert np.mean(drawn.special) == pytest.approx(0.3, abs=0.002)
+    assert len(drawn.y) == len(data.long_tail(full, np.random.default_rng(0)).y)
+    assert len(tuned_on.y) == len(validation.y)
+    np.testing.assert_array_equal(draw(setting, full, test, 0, noisy=False)[1].y, test.y)
+
+
 def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission_says(tmp_path, capsys, monkeypatch):
-    """λ > 0 lifts the rare classes; λ < 0, given or found, silences the wrong labels."""
+    """λ > 0 lifts the rare classes; λ < 0, given, found or within classes, silences the wrong labels."""
     monkeypatch.setattr(experiment, "TOGETHER", 4)
     tiny = {"sizes": (64, 10), "rates": (0.1,)}
-    settings = [dataclasses.replace(setting, **tiny) for setting in (SETTINGS[0], noisy_labels(0.4))]
+    settings = [dataclasses.replace(setting, **tiny) for setting in (SETTINGS[0], noisy_labels(0.4), SETTINGS[-1])]
     main.main(main.Options(out=tmp_path, seeds=2), settings=settings)
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert "ABSGD, fraction known" in capsys.readouterr().out
@@ -92,11 +118,13 @@ def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission
         for method in result["methods"].values():
             assert method["accuracy"][0] == pytest.approx(np.mean(method["accuracy_per_seed"]), abs=0.01)
             assert method["accuracy"][0] == pytest.approx(np.mean(method["per_class"]), abs=0.01)
-    lifted, silenced = ({name: m["weight_by_record"][-1] for name, m in r["methods"].items()} for r in written)
+    lifted, silenced, both = ({name: m["weight_by_record"][-1] for name, m in r["methods"].items()} for r in written)
     assert min(lifted["ABSGD, λ tuned"], lifted["ABSGD, ρ tuned"]) > 2
     assert max(silenced["ABSGD, λ tuned"], silenced["ABSGD, fraction known"]) < 0.5
+    assert both["ABSGD within classes"] < 0.5
     assert lifted["SGD"] == pytest.approx(1, abs=1e-3)
     assert silenced["SGD"] == pytest.approx(1, abs=1e-3)
+    assert both["Balanced softmax"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--nonsense"]])

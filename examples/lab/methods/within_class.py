@@ -25,12 +25,15 @@ class WithinClass:
 
     needs_held_out = False
 
-    def weighting(self):
-        return absgd_jax.weight_by_absgd(self.temperature, self.gamma, max_weight=self.max_weight, bias_correction=True)
+    def weighting(self, classes):
+        weighting = absgd_jax.weight_by_absgd(
+            self.temperature, self.gamma, max_weight=self.max_weight, bias_correction=True
+        )
+        return absgd_jax.within_groups(weighting, classes)
 
     def init(self, params, size):
         del params
-        return jax.vmap(lambda _: self.weighting().init())(jnp.arange(size[1]))
+        return self.weighting(size[1]).init()
 
     def gradient(self, losses, params, state, batch, held_out):
         del held_out
@@ -38,10 +41,7 @@ class WithinClass:
         def mean(params):
             values, aux = losses(params, batch)
             values = batch.weights * values
-            own = batch.labels == jnp.arange(state.risk.size)[:, None]
-            update = lambda state, own: self.weighting().update(values, state, where=own)  # noqa: E731
-            of_class, after = jax.vmap(update)(state, own)
-            weights = jnp.sum(of_class, axis=0)
+            weights, after = self.weighting(state.risk.size).update(values, state, batch.labels)
             return jnp.mean(weights * values), (values, weights, after, aux)
 
         (_, (values, weights, after, aux)), grads = jax.value_and_grad(mean, has_aux=True)(params)
