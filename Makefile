@@ -1,7 +1,7 @@
 # Every target makes the environment it needs in .venv and can be run again at any time.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
-# make test JAX=0.8.2 OPTAX=0.2.7: with these versions, in an environment of their own.
+# make test JAX=0.9.0 OPTAX=0.2.7: with these versions, in an environment of their own.
 JAX :=
 OPTAX :=
 VENV := .venv$(addprefix -jax,$(JAX))$(addprefix -optax,$(OPTAX))
