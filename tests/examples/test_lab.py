@@ -312,6 +312,17 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
     assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
 
 
+def test_the_report_of_a_sweep_that_has_only_chosen_so_far(swept, tmp_path):
+    (tmp_path / "tiny/clouds").mkdir(parents=True)
+    for path in swept.glob("out/tiny/clouds/*-s1000.json"):
+        shutil.copy(path, tmp_path / "tiny/clouds")
+    assert cli.main(EXPERIMENT, ["report", str(tmp_path / "tiny")]) == 0
+    table, _, choosing = (tmp_path / "tiny/clouds/table.md").read_text().partition("<details>")
+    assert "Not run: SGD" in table
+    assert "| ABSGD" not in table
+    assert "| ABSGD" in choosing
+
+
 def test_what_runs_share_costs_once():
     def of(stages, seconds, seed=0, lengths=(8, 2)):
         run = {"task": {"is": "Clouds"}, "seed": seed, "stages": [{"rate": stage} for stage in stages]}
