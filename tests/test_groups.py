@@ -153,6 +153,13 @@ def test_groups_of_any_integers(dtype):
     np.testing.assert_array_equal(run(make(-0.5), groups=MEMBERS.astype(dtype))[0], expected)
 
 
+def test_more_groups_than_their_dtype_has_numbers():
+    weighting = absgd_jax.within_groups(absgd_jax.weight_by_absgd(-0.5), 300)
+    weights, _ = weighting.update(LOSSES[0], weighting.init(), MEMBERS[0].astype(np.uint8))
+    expected, _ = make(-0.5, 0.9).update(LOSSES[0], make(-0.5, 0.9).init(), MEMBERS[0])
+    np.testing.assert_array_equal(weights, expected)
+
+
 @pytest.mark.parametrize("unknown", [-1, GROUPS, 255])
 def test_an_unknown_group_is_seen(unknown):
     """Its weight is NaN, as the loss of a label that does not exist; the state and the others do not change."""
