@@ -166,7 +166,8 @@ def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> 
     expected = sorted(
         pairs, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else len(order), pair[0])
     )
-    parts = [rows(frame, experiment.paper.get(dataset, {}), expected).to_markdown(index=False, disable_numparse=True)]
+    table = rows(frame, experiment.paper.get(dataset, {}), expected)
+    parts = [] if table.empty else [table.to_markdown(index=False, disable_numparse=True)]
     if missing := not_run(frame, expected):
         parts.append(f"Not run: {missing}.")
     if frame.validation_accuracy.notna().any():
