@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 from rich.progress import Progress
 
@@ -27,38 +28,65 @@ class Weighting(NamedTuple):
     update: Callable
 
 
-def absgd(temperature):
+def absgd(temperature, steps):
     """ABSGD, which does not look at the labels. With λ = ∞ it is SGD."""
+    del steps
     weighting = weight_by_absgd(temperature)
     return Weighting(weighting.init, lambda losses, state, labels: weighting.update(losses, state))
 
 
-def absgd_radius(rho):
+def absgd_radius(rho, steps):
     """ABSGD with a KL radius."""
-    return absgd(kl_radius(rho))
+    return absgd(kl_radius(rho), steps)
 
 
-def absgd_trust(fraction):
+def absgd_trust(fraction, steps):
     """ABSGD with λ < 0 for a fraction of right labels."""
-    return absgd(trust_fraction(fraction))
+    return absgd(trust_fraction(fraction), steps)
 
 
-def absgd_within(temperature):
+def annealed(temperature, steps):
+    """λ that goes from -4, which is mild, to the given one in the first half of training."""
+    return optax.linear_schedule(-4.0, temperature, steps // 2)
+
+
+def absgd_annealed(temperature, steps):
+    """ABSGD with an annealed λ < 0."""
+    return absgd(annealed(temperature, steps), steps)
+
+
+def absgd_within(temperature, steps):
     """ABSGD within classes."""
+    del steps
     return within_groups(weight_by_absgd(temperature, gamma=0.1, bias_correction=True), CLASSES)
 
 
-def generalised(q):
+def absgd_within_annealed(temperature, steps):
+    """ABSGD within classes with an annealed λ < 0."""
+    return absgd_within(annealed(temperature, steps), steps)
+
+
+def generalised(q, steps):
     """Generalised cross entropy, (1 - exp(-q L))/q, whose gradient is weighted by exp(-q L)."""
+    del steps
     weights = lambda losses, state, labels: (jnp.exp(-q * jax.lax.stop_gradient(losses)), state)  # noqa: E731
     return Weighting(lambda: (), weights)
+
+
+def generalised_annealed(temperature, steps):
+    """The same with a q = -1/λ that rises as |λ| falls."""
+
+    def update(losses, step, labels):
+        return generalised(-1 / annealed(temperature, steps)(step), steps).update(losses, (), labels)[0], step + 1
+
+    return Weighting(lambda: jnp.zeros((), int), update)
 
 
 @dataclass(frozen=True)
 class Method:
     """What weights the losses, and the values to choose from."""
 
-    rule: Callable[[Any], Any]  # the pair of functions, of a value
+    rule: Callable[[Any, int], Any]  # the pair of functions, of a value and of the number of steps
     values: Sequence[float] = (float("inf"),)
     balanced: bool = False  # whether the loss is balanced softmax, else cross entropy
 
@@ -84,6 +112,7 @@ def trust(fraction: float) -> Method:
 
 
 NEGATIVE = (-4.0, -2.0, -1.4, -1.0)
+ANNEALED = -0.7  # the last λ
 
 
 def noisy_labels(rate: float) -> Setting:
@@ -97,6 +126,7 @@ def noisy_labels(rate: float) -> Setting:
         methods={
             "SGD": Method(absgd),
             "ABSGD, λ tuned": Method(absgd, NEGATIVE),
+            "ABSGD, λ annealed": Method(absgd_annealed, (ANNEALED,)),
             "ABSGD, fraction known": trust(1 - rate),
             "… 0.1 too small": trust(0.9 - rate),
             "… 0.1 too large": trust(1.1 - rate),
@@ -114,8 +144,11 @@ def noisy_long_tail(rate: float) -> Setting:
             "SGD": Method(absgd),
             "Balanced softmax": Method(absgd, balanced=True),
             "Generalised CE": Method(generalised, (0.2, 0.3, 0.5, 0.7), balanced=True),
+            "… q annealed": Method(generalised_annealed, (ANNEALED,), balanced=True),
             "ABSGD, λ tuned": Method(absgd, NEGATIVE, balanced=True),
+            "ABSGD, λ annealed": Method(absgd_annealed, (ANNEALED,), balanced=True),
             "ABSGD within classes": Method(absgd_within, NEGATIVE, balanced=True),
+            "… λ annealed": Method(absgd_within_annealed, (ANNEALED,), balanced=True),
         },
         imbalanced=True,
     )

@@ -21,6 +21,8 @@ COLOURS = {
     "Balanced softmax": style.RIVALS[3],
     "Generalised CE": style.RIVALS[0],
     "ABSGD within classes": style.BOUNDED,
+    "ABSGD, λ annealed": style.RIVALS[1],
+    "… λ annealed": style.RIVALS[2],
 }
 
 

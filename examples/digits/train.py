@@ -29,14 +29,15 @@ class History(NamedTuple):
     weight: jax.Array  # mean weight of a special example over that of the others, since the last record
 
 
-def train(params, data, evaluation, key, *, weighting, counts, learning_rate, batch_size, passes, records_per_pass=1):
+def train(params, data, evaluation, key, *, rule, counts, learning_rate, batch_size, passes, records_per_pass=1):
     """The parameters after some passes, and the History. The learning rate falls to 0 along a cosine.
 
-    ``weighting`` is a pair of functions as that of :func:`absgd_jax.within_groups`. ``counts`` are those of the classes
-    that balanced softmax is told; equal ones make it cross entropy.
+    ``rule`` makes a pair of functions, as that of :func:`absgd_jax.within_groups`, of the number of steps. ``counts``
+    are those of the classes that balanced softmax is told; equal ones make it cross entropy.
     """
     chunk = len(data.y) // batch_size // records_per_pass  # steps between two records
     steps = passes * records_per_pass * chunk
+    weighting = rule(steps)
     optimizer = optax.sgd(lambda t: learning_rate * (1 + jnp.cos(jnp.pi * t / steps)) / 2, momentum=0.9)
     shape = (records_per_pass, chunk, batch_size)
 
@@ -73,11 +74,11 @@ def train(params, data, evaluation, key, *, weighting, counts, learning_rate, ba
 
 @partial(jax.jit, static_argnames=("rule", "sizes", "batch_size", "passes", "records_per_pass"))
 def train_together(data, evaluation, counts, seeds, rates, values, *, rule, sizes, **schedule):
-    """The History of several runs, with axes (run, record); ``rule`` makes a weighting of a value."""
+    """The History of several runs, with axes (run, record); ``rule`` makes a weighting of a value and the steps."""
 
     def one(data, evaluation, counts, seed, rate, value):
         init_key, key = jax.random.split(jax.random.key(seed))
-        options = {"weighting": rule(value), "counts": counts, "learning_rate": rate} | schedule
+        options = {"rule": partial(rule, value), "counts": counts, "learning_rate": rate} | schedule
         return train(models.init(init_key, sizes), data, evaluation, key, **options)[1]
 
     return jax.vmap(one)(data, evaluation, counts, seeds, rates, values)

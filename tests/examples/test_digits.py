@@ -4,6 +4,7 @@ import dataclasses
 import json
 import runpy
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,26 @@ def test_the_long_tail_has_its_class_counts():
 
 def test_generalised_cross_entropy_as_weights_has_its_gradient():
     losses, q = jnp.array([0.1, 1.0, 4.0]), 0.7
-    weighting = experiment.generalised(q)
+    weighting = experiment.generalised(q, steps=9)
     by_weights = jax.grad(lambda x: jnp.mean(weighting.update(x, weighting.init(), None)[0] * x))(losses)
     by_loss = jax.grad(lambda x: jnp.mean((1 - jnp.exp(-q * x)) / q))(losses)
     np.testing.assert_allclose(by_weights, by_loss, rtol=1e-6)
+
+
+def test_an_annealed_number_is_the_fixed_one_of_its_step():
+    losses = jnp.array([0.1, 1.0, 4.0])
+    for rule, fixed in (
+        (experiment.absgd_annealed, lambda lam: experiment.absgd(lam, 8)),
+        (experiment.absgd_within_annealed, lambda lam: experiment.absgd_within(lam, 8)),
+        (experiment.generalised_annealed, lambda lam: experiment.generalised(-1 / lam, 8)),
+    ):
+        annealed = rule(-1.0, 8)
+        state = annealed.init()
+        for lam in (-4.0, -3.25, -2.5, -1.75, -1.0, -1.0, -1.0, -1.0):  # half of the steps, then it stays
+            ours, _ = annealed.update(losses, state, jnp.array([0, 0, 0]))
+            same, _ = fixed(lam).update(losses, fixed(lam).init(), jnp.array([0, 0, 0]))
+            np.testing.assert_allclose(ours / ours.sum(), same / same.sum(), rtol=1e-5)
+            _, state = annealed.update(losses, state, jnp.array([0, 0, 0]))
 
 
 def test_infinite_temperature_is_optax_sgd_with_a_cosine():
@@ -63,7 +80,7 @@ def test_infinite_temperature_is_optax_sgd_with_a_cosine():
     params = models.init(key, (64, 8, 10))
     ours, _ = train.train(
         params, train.Data(x, y, jnp.zeros(100)), data.Split(jnp.array(validation.x), jnp.array(validation.y)), key,
-        weighting=experiment.absgd(jnp.inf), counts=np.ones(10), learning_rate=0.1, batch_size=32, passes=2,
+        rule=partial(experiment.absgd, jnp.inf), counts=np.ones(10), learning_rate=0.1, batch_size=32, passes=2,
     )  # fmt: skip
     cosine = optax.cosine_decay_schedule(0.1, decay_steps=6)
     optimizer = optax.sgd(cosine, momentum=0.9)
@@ -120,8 +137,8 @@ def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission
             assert method["accuracy"][0] == pytest.approx(np.mean(method["per_class"]), abs=0.01)
     lifted, silenced, both = ({name: m["weight_by_record"][-1] for name, m in r["methods"].items()} for r in written)
     assert min(lifted["ABSGD, λ tuned"], lifted["ABSGD, ρ tuned"]) > 2
-    assert max(silenced["ABSGD, λ tuned"], silenced["ABSGD, fraction known"]) < 0.5
-    assert both["ABSGD within classes"] < 0.5
+    assert max(silenced[f"ABSGD, {way}"] for way in ("λ tuned", "λ annealed", "fraction known")) < 0.5
+    assert max(both["ABSGD within classes"], both["… λ annealed"], both["… q annealed"]) < 0.5
     assert lifted["SGD"] == pytest.approx(1, abs=1e-3)
     assert silenced["SGD"] == pytest.approx(1, abs=1e-3)
     assert both["Balanced softmax"] == pytest.approx(1, abs=1e-3)
