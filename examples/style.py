@@ -25,7 +25,12 @@ NAMES = {
     "forward": "Forward correction, symmetric", "small-loss": "Small-loss selection",
     "elr": "Early-learning regularisation", "rgd": "RGD",
 }  # fmt: skip
-FORMS = {"-fc": "classifier only", "-one-stage": "one stage", "-no-momentum": "without momentum"}
+FORMS = {
+    "-fc": "classifier only",
+    "-one-stage": "one stage",
+    "-no-momentum": "without momentum",
+    "-annealed": "annealed",
+}
 
 
 def name(method: str) -> str:

@@ -44,7 +44,8 @@ class CifarRecipe(Recipe):
     @property
     def title(self):
         ending = "" if self.momentum else "-no-momentum"
-        ending += "-one-stage" if self.begin == 0 and self.method == "absgd" else ""
+        at_once = self.begin == 0 and self.method == "absgd" and self.anneal_from is None
+        ending += "-one-stage" if at_once else ""
         ending += "" if self.second_rate == 1 else f"-rate{self.second_rate:g}"
         return super().title + ending
 

@@ -46,8 +46,8 @@ def absgd_trust(fraction, steps):
 
 
 def annealed(temperature, steps):
-    """λ that goes from -4, which is mild, to the given one in the first half of training."""
-    return optax.linear_schedule(-4.0, temperature, steps // 2)
+    """λ that goes from -4, which is mild, to the given one in the first third of training."""
+    return optax.linear_schedule(-4.0, temperature, steps // 3)
 
 
 def absgd_annealed(temperature, steps):

@@ -34,6 +34,7 @@ NEEDS = {  # numbers that a method must be given, and that others must not
 TAKES = {  # and need not be given
     "max_weight": ("absgd", "within-class", "term", "adaptive-gamma", "kl-radius", "trust", "focus"),
     "gamma": ("absgd", "kl-radius", "trust", "focus"),
+    "anneal_from": ("absgd", "within-class", "gce"),
 }
 
 
@@ -44,6 +45,7 @@ SYMBOLS = {  # of what says how uneven the weights are
     "parameter": "p",
     "max_weight": "c",
     "log_alpha": "log α",
+    "anneal_from": "from",
 }
 ON = {  # losses of which a method is a function; others take any
     **dict.fromkeys(("gce", "sce"), LOG_PROBABILITIES),
@@ -79,6 +81,8 @@ class Recipe:
     """γ, the weight of the new batch in the running risk."""
     log_alpha: float | None = None
     """log α of SCENT's rule, which sets γ by the running risk."""
+    anneal_from: float | None = None
+    """λ (of gce its parameter) in the first step, from where it goes to the one given in a third of all epochs."""
     epochs: int = 10
     """All epochs."""
     begin: float = 0.0
@@ -151,6 +155,11 @@ class Recipe:
             f"--max-weight {self.max_weight}: it must be above 1": self.max_weight > 1,
             f"--gamma {self.gamma}: it must be above 0 and at most 1": 0 < self.gamma <= 1,
             f"--log-alpha {self.log_alpha}: it must be finite": self.log_alpha is None or math.isfinite(self.log_alpha),
+            f"--anneal-from {self.anneal_from}: it must have the sign of the number that it goes to": (
+                self.anneal_from is None or 0 < self.anneal_from * (self.parameter or self.temperature) < math.inf
+            ),
+            f"--anneal-from {self.anneal_from} is in the first step: --begin 0": self.anneal_from is None
+            or self.begin == 0,
             f"--epochs {self.epochs}: it must be at least 1": self.epochs >= 1,
             f"--begin {self.begin}: it must be from 0 to 1": 0 <= self.begin <= 1,
             f"--rate {self.rate}: it must be above 0 and finite": 0 < self.rate < math.inf,
@@ -172,7 +181,7 @@ class Recipe:
     def strength(self) -> str:
         """What says how uneven the weights are, for names."""
         numbers = {"t": self.temperature, "r": self.kl_radius, "f": self.fraction, "p": self.parameter}
-        numbers |= {"c": self.max_weight, "a": self.log_alpha}
+        numbers |= {"c": self.max_weight, "a": self.log_alpha, "from": self.anneal_from}
         return "".join(f"-{k}{v:g}" for k, v in numbers.items() if v is not None and math.isfinite(v))
 
     @property
@@ -183,12 +192,18 @@ class Recipe:
         if self.balanced_batches:
             return "resample" if self.method == "sgd" else f"resample-{self.method}"
         bounded = self.method == "absgd" and math.isfinite(self.max_weight)
-        return "bounded-absgd" if bounded else self.method
+        ending = "" if self.anneal_from is None else "-annealed"
+        return ("bounded-absgd" if bounded else self.method) + ending
 
     def make_task(self, kind: type[Kind], **others: Any) -> Kind:
         """The task that has what it shares with the recipe, by the fields' names, and the rest as given."""
         shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(self)}
         return kind(**{name: getattr(self, name) for name in shared} | others)
+
+    @property
+    def annealing(self) -> dict[str, Any]:
+        """What a method has to know of it."""
+        return {} if self.anneal_from is None else {"anneal_from": self.anneal_from, "epochs": self.epochs}
 
     def make_method(self) -> Any:
         return METHODS[self.method](self)

@@ -24,7 +24,7 @@ Frame = Any  # of pandas, whose own types do not know what a column holds
 STRENGTH = list(SYMBOLS)
 FAMILY = ["method", "loss"]
 NOTHING = "–"
-MISSING = {"log_alpha": None}  # of older records
+MISSING = {"log_alpha": None, "anneal_from": None}  # of older records
 
 
 def load(folder: Path) -> Frame:

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from examples.lab.losses import LOG_PROBABILITIES, LOSSES
-from examples.lab.methods import Batch, Outputs
+from examples.lab.methods import Batch, Moment, Outputs
+from examples.lab.methods.absgd import Absgd
 from examples.lab.methods.early_learning import EarlyLearning
 from examples.lab.methods.robust_losses import FUNCTIONS, RobustLoss
 from examples.lab.methods.small_loss import SmallLoss
@@ -145,6 +146,22 @@ def test_within_a_class(lam):
         np.testing.assert_allclose(info.weights, weights, rtol=1e-6)
         np.testing.assert_allclose(grads, difference_quotient(mean, kernel), rtol=1e-5, atol=1e-8)
     assert set(np.flatnonzero(state.mass)) == set(present)
+
+
+def test_annealing_takes_a_third_of_the_epochs():
+    """Four epochs of three steps: λ goes from -4 to -1, and q from 1/4 to 1, in the first four steps."""
+    batch = Batch(jnp.array(X), jnp.array(LABELS), jnp.ones(B))
+    methods = [Absgd(-1.0, anneal_from=-4.0, epochs=4), WithinClass(-1.0, 0.1, anneal_from=-4.0, epochs=4)]
+    states = [method.init(KERNEL, (12, C)) for method in methods]
+    for step in range(12):
+        lam, moment = np.interp(step, [0, 4], [-4, -1]), Moment(0.1, step, 3)
+        q = RobustLoss("gce", 1.0, anneal_from=0.25, epochs=4).at(moment).number
+        np.testing.assert_allclose(q, -1 / lam, rtol=1e-6)
+        for i, method in enumerate(methods):
+            _, states[i], info = method.at(moment).gradient(losses, jnp.array(KERNEL), states[i], batch, None)
+            np.testing.assert_allclose(info.temperature, lam, rtol=1e-6)
+    assert RobustLoss("gce", 0.7).at(moment).number == 0.7
+    assert Absgd(-1.0).at(moment) == Absgd(-1.0)
 
 
 def test_weights_within_a_class_are_bounded():

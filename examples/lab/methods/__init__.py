@@ -7,8 +7,8 @@ A method is a frozen dataclass registered as a pytree (numbers are leaves) with 
 
 ``size`` is the number of training examples and of classes. ``losses(params, batch)`` returns the losses of a
 :class:`Batch`, one an example and not yet weighted by class, and :class:`Outputs`. ``held_out`` is a balanced batch of
-examples that are not trained on, where there are enough; it is None unless ``needs_held_out``. A method that looks
-ahead also has ``at_rate(rate)``, itself at the optimizer's learning rate.
+examples that are not trained on, where there are enough; it is None unless ``needs_held_out``. A method that follows
+training also has ``at(moment)``, itself at a :class:`Moment`.
 """
 
 import math
@@ -27,6 +27,14 @@ class Batch(NamedTuple):
     indices: Any = None  # in the training set, shape=(B,)
 
 
+class Moment(NamedTuple):
+    """Where training is."""
+
+    rate: jax.Array  # the optimizer's learning rate
+    step: jax.Array  # steps done
+    steps: jax.Array  # in an epoch
+
+
 class Outputs(NamedTuple):
     """What the network gave beside the losses."""
 
@@ -42,6 +50,11 @@ class Info(NamedTuple):
     risk: jax.Array  # the objective: running, where the method keeps one, else the batch's
     temperature: jax.Array  # λ
     aux: Outputs
+
+
+def annealed(begin, end, epoch, epochs):
+    """A number that goes from one value to another in the first third of all epochs."""
+    return begin + (end - begin) * jnp.minimum(3 * epoch / epochs, 1)
 
 
 def gradient_of_mean(objective, losses, params, batch):

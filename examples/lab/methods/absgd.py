@@ -1,4 +1,4 @@
-"""ABSGD and its special cases: SGD (λ = ∞), TERM (γ = 1), a KL radius, a fraction, SCENT's γ, bounded weights."""
+"""ABSGD and its special cases: SGD (λ = ∞), TERM (γ = 1), an annealed λ, a KL radius, a fraction, SCENT's γ, bounds."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 import absgd_jax
-from examples.lab.methods import Info
+from examples.lab.methods import Info, annealed
 
 
 @register_dataclass
@@ -24,11 +24,21 @@ class Absgd:
     gamma: float = 0.9
     log_alpha: float | None = None  # of SCENT's rule, in place of γ
     max_weight: float = math.inf
+    anneal_from: float | None = None  # λ in the first step
+    epochs: int = 0  # of the training in whose first third λ is annealed
+    steps: Any = 1  # in an epoch
 
     needs_held_out = False
 
+    def at(self, moment):
+        """The method that knows how long an epoch is."""
+        return self if self.anneal_from is None else dataclasses.replace(self, steps=moment.steps)
+
     def transform(self):
         temperature: Any = self.temperature
+        if self.anneal_from is not None:
+            begin, end = self.anneal_from, self.temperature
+            temperature = lambda count: annealed(begin, end, count / self.steps, self.epochs)  # noqa: E731
         if self.kl_radius is not None:
             temperature = absgd_jax.focus_fraction(jnp.exp(-jnp.asarray(self.kl_radius)))
         if self.trust is not None:
@@ -62,7 +72,9 @@ class Absgd:
 
 BY_NAME = {
     "sgd": lambda recipe: Absgd(),
-    "absgd": lambda recipe: Absgd(recipe.temperature, gamma=recipe.gamma, max_weight=recipe.max_weight),
+    "absgd": lambda recipe: Absgd(
+        recipe.temperature, gamma=recipe.gamma, max_weight=recipe.max_weight, **recipe.annealing
+    ),
     "term": lambda recipe: Absgd(recipe.temperature, gamma=1.0, max_weight=recipe.max_weight),
     "adaptive-gamma": lambda recipe: Absgd(
         recipe.temperature, log_alpha=recipe.log_alpha, max_weight=recipe.max_weight

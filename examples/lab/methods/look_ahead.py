@@ -76,9 +76,9 @@ class Meta:
 
     needs_held_out = True
 
-    def at_rate(self, rate):
+    def at(self, moment):
         """The method with the optimizer's learning rate."""
-        return dataclasses.replace(self, rate=rate)
+        return dataclasses.replace(self, rate=moment.rate)
 
     def init(self, params, size):
         del params, size
@@ -102,10 +102,6 @@ class L2rw:
     """
 
     needs_held_out = True
-
-    def at_rate(self, rate):
-        del rate
-        return self
 
     def init(self, params, size):
         del params, size

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from examples.lab.methods import gradient_of_mean
+from examples.lab.methods import annealed, gradient_of_mean
 
 
 def generalised_cross_entropy(loss, logits, q):
@@ -54,8 +54,17 @@ class RobustLoss:
 
     name: str = dataclasses.field(metadata={"static": True})
     number: float
+    anneal_from: float | None = None  # the number in the first step; its reciprocal, |λ| of gce, is annealed
+    epochs: int = 0
 
     needs_held_out = False
+
+    def at(self, moment):
+        """The method with the number of the moment."""
+        if self.anneal_from is None:
+            return self
+        epoch = moment.step / moment.steps
+        return dataclasses.replace(self, number=1 / annealed(1 / self.anneal_from, 1 / self.number, epoch, self.epochs))
 
     def init(self, params, size):
         del params, size
@@ -69,7 +78,9 @@ class RobustLoss:
 
 
 def _by_name(name):
-    return lambda recipe: RobustLoss(name, 1 - recipe.fraction if name == "forward" else recipe.parameter)
+    return lambda recipe: RobustLoss(
+        name, 1 - recipe.fraction if name == "forward" else recipe.parameter, **recipe.annealing
+    )
 
 
 BY_NAME = {name: _by_name(name) for name in FUNCTIONS}

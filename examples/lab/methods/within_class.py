@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 import absgd_jax
-from examples.lab.methods import Info
+from examples.lab.methods import Info, annealed
 
 
 @register_dataclass
@@ -22,13 +23,22 @@ class WithinClass:
     temperature: float  # λ, in units of loss
     gamma: float
     max_weight: float = math.inf
+    anneal_from: float | None = None  # λ in the first step
+    epochs: int = 0
+    steps: Any = 1
 
     needs_held_out = False
 
+    def at(self, moment):
+        """The method that knows how long an epoch is."""
+        return self if self.anneal_from is None else dataclasses.replace(self, steps=moment.steps)
+
     def weighting(self, classes):
-        weighting = absgd_jax.weight_by_absgd(
-            self.temperature, self.gamma, max_weight=self.max_weight, bias_correction=True
-        )
+        temperature: Any = self.temperature
+        if self.anneal_from is not None:
+            begin, end = self.anneal_from, self.temperature
+            temperature = lambda count: annealed(begin, end, count / self.steps, self.epochs)  # noqa: E731
+        weighting = absgd_jax.weight_by_absgd(temperature, self.gamma, max_weight=self.max_weight, bias_correction=True)
         return absgd_jax.within_groups(weighting, classes)
 
     def init(self, params, size):
@@ -45,7 +55,9 @@ class WithinClass:
             return jnp.mean(weights * values), (values, weights, after, aux)
 
         (_, (values, weights, after, aux)), grads = jax.value_and_grad(mean, has_aux=True)(params)
-        return grads, after, Info(values, weights, jnp.mean(after.risk), jnp.float32(self.temperature), aux)
+        return grads, after, Info(values, weights, jnp.mean(after.risk), state.temperature[0], aux)
 
 
-BY_NAME = {"within-class": lambda recipe: WithinClass(recipe.temperature, recipe.gamma, recipe.max_weight)}
+BY_NAME = {
+    "within-class": lambda recipe: WithinClass(recipe.temperature, recipe.gamma, recipe.max_weight, **recipe.annealing)
+}
