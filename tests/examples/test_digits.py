@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples.digits import data, experiment, main, models, train
+from examples.digits import annealing, data, experiment, main, models, train
 from examples.digits.experiment import SETTINGS, draw, noisy_labels, noisy_long_tail
 
 
@@ -142,6 +142,20 @@ def test_the_command_writes_what_it_promises_and_the_weights_do_what_the_mission
     assert lifted["SGD"] == pytest.approx(1, abs=1e-3)
     assert silenced["SGD"] == pytest.approx(1, abs=1e-3)
     assert both["Balanced softmax"] == pytest.approx(1, abs=1e-3)
+
+
+def test_annealing_from_a_value_to_itself_is_that_value(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "TOGETHER", 4)
+    names = ("SGD", "fixed -4", "annealed -4", "annealed -0.7")
+    for i in (1, 3):  # all classes together, and within classes
+        whole = annealing.SETTINGS[i]
+        tiny = dataclasses.replace(whole, sizes=(64, 10), rates=(0.1,), methods={n: whole.methods[n] for n in names})
+        annealing.main(tmp_path, [tiny], range(2))
+        assert (tmp_path / "annealing.png").read_bytes().startswith(b"\x89PNG")
+        (written,) = json.loads((tmp_path / "annealing.json").read_text())["settings"]
+        baseline, fixed, same, other = (written["methods"][name]["accuracy_per_seed"] for name in names)
+        assert fixed == same
+        assert fixed not in (baseline, other)
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--nonsense"]])

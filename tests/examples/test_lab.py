@@ -507,6 +507,19 @@ def test_a_record_of_other_settings_is_not_overwritten(swept, tmp_path):
         (["--max-weight", "1", "--method", "absgd", "--temperature", "1"], "--max-weight 1"),
         (["--gamma", "0"], "--gamma 0"),
         (["--log-alpha", "nan", "--method", "adaptive-gamma", "--temperature", "1"], "--log-alpha nan"),
+        (
+            ["--anneal-from", "2", "--method", "absgd", "--temperature", "-1"],
+            "--anneal-from 2.0: it must have the sign",
+        ),
+        (["--anneal-from", "nan", "--method", "gce", "--parameter", "1"], "--anneal-from nan: it must have the sign"),
+        (
+            ["--anneal-from", "2", "--method", "sce", "--parameter", "1", "--begin", "0"],
+            "--anneal-from 2.0 is for absgd",
+        ),
+        (
+            ["--anneal-from", "4", "--method", "absgd", "--temperature", "1", "--begin", "0.5"],
+            "--anneal-from 4.0 is in the first step",
+        ),
         (["--seed", "2147483648"], "--seed 2147483648"),
         (["--subset-seed", "-1"], "--subset-seed -1"),
         (["--validation", "1"], "--validation 1"),
