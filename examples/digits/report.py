@@ -22,7 +22,7 @@ COLOURS = {
     "Generalised CE": style.RIVALS[0],
     "ABSGD within classes": style.BOUNDED,
     "ABSGD, λ annealed": style.RIVALS[1],
-    "… λ annealed": style.RIVALS[2],
+    "… λ annealed": style.ABSGD,
 }
 
 
@@ -90,7 +90,8 @@ def _style(name):
 
 def _while_training(axes, setting, watched):
     top, middle, bottom = axes
-    methods = {name: m for name, m in setting["methods"].items() if name in COLOURS}
+    drawn = [name for name in COLOURS if not (setting["imbalanced"] and name.startswith("ABSGD, "))]
+    methods = {name: m for name, m in setting["methods"].items() if name in drawn}
     records = setting["passes"] * setting["records_per_pass"]
     passes = [(i + 1) / setting["records_per_pass"] for i in range(records)]
     width = 0.8 / len(methods)
