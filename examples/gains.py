@@ -25,6 +25,7 @@ SETTING = ["experiment", "preset", "dataset", "loss"]
 README = {  # the rows of its table
     ("noise", "cifar10-lt-1-sym0.2", "ce"): "20 % wrong at random",
     ("noise", "cifar10-lt-1-sym0.4", "ce"): "40 % wrong at random",
+    ("noise", "cifar10-lt-1-sym0.6", "ce"): "60 % wrong at random",
     ("noise", "cifar10-lt-1-worse", "ce"): "40 % wrong, by human error",
     ("noise", "cifar10-lt-1-asym0.4", "ce"): "20 % wrong, classes mistaken for similar ones",
     ("noise", "cifar10-lt-10-sym0.2", "ce"): "20 % wrong at random, long tail, 10 : 1",
@@ -36,9 +37,12 @@ README = {  # the rows of its table
     ("fast", "cifar10-lt-100", "deferred-balanced-softmax"): "… balanced softmax",
     ("fast", "cifar10-lt-100", "ldam"): "… LDAM",
     ("fast", "cifar10-lt-100", "cb-ldam"): "… class-balanced LDAM",
+    ("fast", "cifar100-lt-100", "ce"): "CIFAR-100, long tail, 100 : 1, cross entropy",
+    ("fast", "cifar100-lt-100", "cb-ce"): "… class-balanced cross entropy",
 }
 WORDS = {  # of the figure; what is missing is shown as it is called
-    "cifar10-lt-100": "CIFAR-10, long tail 100 : 1", "cifar10-lt-1": "CIFAR-10, balanced",
+    "cifar10-lt-100": "CIFAR-10, long tail 100 : 1", "cifar100-lt-100": "CIFAR-100, long tail 100 : 1",
+    "cifar10-lt-1": "CIFAR-10, balanced",
     "cifar10-lt-1-sym0.2": "CIFAR-10, 20 % symmetric noise", "cifar10-lt-1-sym0.4": "CIFAR-10, 40 % symmetric noise",
     "cifar10-lt-1-sym0.6": "CIFAR-10, 60 % symmetric noise", "cifar10-lt-10-sym0.2": "CIFAR-10, 10 : 1, 20 % noise",
     "cifar10-lt-10-sym0.4": "CIFAR-10, 10 : 1, 40 % noise", "cifar10-lt-100-sym0.2": "CIFAR-10, 100 : 1, 20 % noise",
@@ -77,7 +81,7 @@ def table(gains: Any) -> str:
         cells = {style.name(method): found.get(method, "–") for method in (*FORMS, RIVAL)}
         seeds = sorted({len(row.gains) for _, row in here.iterrows()})
         seeds = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-        rows.append({"CIFAR-10": words, "SGD, %": report.spread(here.sgd.iloc[0]), **cells, "seeds": seeds})
+        rows.append({"CIFAR-10, unless named": words, "SGD, %": report.spread(here.sgd.iloc[0]), **cells, "seeds": seeds})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 

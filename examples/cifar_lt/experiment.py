@@ -154,7 +154,10 @@ BALANCED = [
 
 def wrong_labels(right: float) -> list[dict[str, Any]]:
     """Methods for a part of right labels: those that are told it, and those that are tuned."""
+    annealed = {"temperature": -0.7, "anneal_from": -4.0}
     at_once = [
+        {"method": "absgd", **annealed},
+        {"method": "within-class", "gamma": 0.1, **annealed},
         {"method": "forward", "fraction": right},
         {"method": "trust", "fraction": right},
         *({"method": "gce", "parameter": q} for q in (0.3, 0.5, 0.7)),
@@ -163,7 +166,7 @@ def wrong_labels(right: float) -> list[dict[str, Any]]:
         *({"method": "small-loss", "fraction": right, "parameter": steps} for steps in (200.0, 600.0, 1200.0)),
         *({"method": "elr", "parameter": strength} for strength in (1.0, 3.0, 7.0)),
     ]
-    # λ < 0 only once the network knows the classes: from the beginning it gives up whole classes.
+    # A fixed λ < 0 only once the network knows the classes: from the beginning it gives up whole classes.
     weighted = ({"method": "absgd"}, {"method": "within-class", "gamma": 0.1}, {"method": "term"})
     later = [method | {"temperature": t} for method in weighted for t in (-1.0, -2.0, -5.0)]
     return [{}, *({"begin": 0.0, **row} for row in at_once), *({"begin": 0.25, **row} for row in later)]
