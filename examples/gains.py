@@ -81,7 +81,9 @@ def table(gains: Any) -> str:
         cells = {style.name(method): found.get(method, "–") for method in (*FORMS, RIVAL)}
         seeds = sorted({len(row.gains) for _, row in here.iterrows()})
         seeds = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-        rows.append({"CIFAR-10, unless named": words, "SGD, %": report.spread(here.sgd.iloc[0]), **cells, "seeds": seeds})
+        rows.append(
+            {"CIFAR-10, unless named": words, "SGD, %": report.spread(here.sgd.iloc[0]), **cells, "seeds": seeds}
+        )
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 

@@ -11,6 +11,7 @@ from examples.lab import methods
 from examples.lab.classifiers import CLASSIFIERS
 from examples.lab.errors import UsageError
 from examples.lab.losses import LOG_PROBABILITIES, LOSSES, NEEDS_COSINES
+from examples.lab.methods import Annealed
 from examples.lab.task import Task
 
 Kind = TypeVar("Kind", bound=Task)
@@ -201,9 +202,11 @@ class Recipe:
         return kind(**{name: getattr(self, name) for name in shared} | others)
 
     @property
-    def annealing(self) -> dict[str, Any]:
-        """What a method has to know of it."""
-        return {} if self.anneal_from is None else {"anneal_from": self.anneal_from, "epochs": self.epochs}
+    def annealed_temperature(self) -> float | Annealed:
+        """λ, or the schedule by which it is reached."""
+        return (
+            self.temperature if self.anneal_from is None else Annealed(self.anneal_from, self.temperature, self.epochs)
+        )
 
     def make_method(self) -> Any:
         return METHODS[self.method](self)

@@ -11,7 +11,7 @@ from flax import nnx
 import absgd_jax
 from examples.lab.config import Stage
 from examples.lab.losses import LOSSES
-from examples.lab.methods import Batch, Moment, Outputs
+from examples.lab.methods import Batch, Outputs, with_steps
 from examples.lab.task import Split, Task, initial, module_of
 
 
@@ -95,7 +95,8 @@ def train_step(
     if held_out is not None:
         inputs, labels = augmented(task, held_out, jax.random.fold_in(key, 2**31 - 1))
         balanced = Batch(inputs, labels, jnp.ones(labels.shape))
-    method = stage.method.at(Moment(rate, state.step, facts.steps)) if hasattr(stage.method, "at") else stage.method
+    method = with_steps(stage.method, facts.steps)
+    method = method if not method.needs_held_out else method.at_rate(rate)
     grads, method_state, info = method.gradient(losses, state.params, state.method, seen, balanced)
     updates, trace = optimizer(stage, rate).update(grads, state.trace, state.params)
     updates = frozen(task, stage, updates, jnp.zeros_like)  # weight decay and old momentum move frozen parts too

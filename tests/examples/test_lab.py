@@ -28,6 +28,7 @@ from examples.lab import checkpoint, cli, evaluate, figures, files, plan, proces
 from examples.lab.config import SGD, Run, Stage, describe, fingerprint
 from examples.lab.errors import OutOfTimeError, UsageError, UserError
 from examples.lab.input_pipeline import by_length
+from examples.lab.methods import Annealed
 from examples.lab.methods.absgd import Absgd
 from examples.lab.methods.early_learning import EarlyLearning
 from examples.lab.methods.look_ahead import L2rw, Meta
@@ -78,9 +79,9 @@ WAYS = {
     "trust": second(Absgd(trust=0.7)),
     "focus": second(Absgd(focus=0.5)),
     "within class": second(WithinClass(1.0, 0.1)),
-    "annealed": second(Absgd(-1.0, anneal_from=-4.0, epochs=4)),
-    "annealed within class": second(WithinClass(-1.0, 0.1, anneal_from=-4.0, epochs=4)),
-    "annealed loss": second(RobustLoss("gce", 0.7, anneal_from=0.2, epochs=4)),
+    "annealed": second(Absgd(Annealed(-4.0, -1.0, 4))),
+    "annealed within class": second(WithinClass(Annealed(-4.0, -1.0, 4), 0.1)),
+    "annealed loss": second(RobustLoss("gce", Annealed(5.0, 1.4, 4))),
     "SCENT": second(Absgd(1.0, log_alpha=-1.0)),
     "TERM": second(Absgd(1.0, gamma=1.0)),
     "META": second(Meta(), class_weights=True),

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from examples.cifar_lt import models
-from examples.lab.methods import Batch, Moment
+from examples.lab.methods import Batch
 from examples.lab.methods.look_ahead import L2rw, Meta, example_gradient
 
 
@@ -121,14 +121,14 @@ def test_meta(mlp):
     jacobian, products = per_example(mlp, mlp.batch.weights, 6 * 0.05)
     weights = np.asarray(mlp.batch.weights) + 40 * 0.05 * products
     assert weights.min() < 0  # which is not clipped
-    assert_weighted(mlp, Meta(step=40.0).at(Moment(0.05, 0, 1)), jacobian, weights)
+    assert_weighted(mlp, Meta(step=40.0).at_rate(0.05), jacobian, weights)
 
 
 def test_l2rw(mlp):
     jacobian, products = per_example(mlp, np.zeros(6), 1.0)
     assert products.min() < 0 < products.max()
     weights = np.maximum(products, 0)
-    assert_weighted(mlp, L2rw(), jacobian, weights / weights.sum() * 6)
+    assert_weighted(mlp, L2rw().at_rate(0.05), jacobian, weights / weights.sum() * 6)
     # The definition: the look-ahead at weights 0.
     gradient = example_gradient(mlp.losses_of, mlp.params, mlp.held_out_loss, jnp.zeros(6), 0.3)
     np.testing.assert_allclose(gradient, -0.3 / 6 * products, rtol=1e-10)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from examples.lab.losses import LOG_PROBABILITIES, LOSSES
-from examples.lab.methods import Batch, Moment, Outputs
+from examples.lab.methods import Annealed, Batch, Outputs, with_steps
 from examples.lab.methods.absgd import Absgd
 from examples.lab.methods.early_learning import EarlyLearning
 from examples.lab.methods.robust_losses import FUNCTIONS, RobustLoss
@@ -151,17 +151,26 @@ def test_within_a_class(lam):
 def test_annealing_takes_a_third_of_the_epochs():
     """Four epochs of three steps: λ goes from -4 to -1, and q from 1/4 to 1, in the first four steps."""
     batch = Batch(jnp.array(X), jnp.array(LABELS), jnp.ones(B))
-    methods = [Absgd(-1.0, anneal_from=-4.0, epochs=4), WithinClass(-1.0, 0.1, anneal_from=-4.0, epochs=4)]
+    methods = [
+        with_steps(method, 3)
+        for method in (
+            Absgd(Annealed(-4.0, -1.0, 4)),
+            WithinClass(Annealed(-4.0, -1.0, 4), 0.1),
+            RobustLoss("gce", Annealed(4.0, 1.0, 4)),
+        )
+    ]
     states = [method.init(KERNEL, (12, C)) for method in methods]
+    p = given(probabilities(KERNEL))
     for step in range(12):
-        lam, moment = np.interp(step, [0, 4], [-4, -1]), Moment(0.1, step, 3)
-        q = RobustLoss("gce", 1.0, anneal_from=0.25, epochs=4).at(moment).number
-        np.testing.assert_allclose(q, -1 / lam, rtol=1e-6)
+        lam = np.interp(step, [0, 4], [-4, -1])
+        infos = []
         for i, method in enumerate(methods):
-            _, states[i], info = method.at(moment).gradient(losses, jnp.array(KERNEL), states[i], batch, None)
+            _, states[i], info = method.gradient(losses, jnp.array(KERNEL), states[i], batch, None)
+            infos.append(info)
+        for info in infos[:2]:
             np.testing.assert_allclose(info.temperature, lam, rtol=1e-6)
-    assert RobustLoss("gce", 0.7).at(moment).number == 0.7
-    assert Absgd(-1.0).at(moment) == Absgd(-1.0)
+        np.testing.assert_allclose(infos[2].weights, p ** (-1 / lam), rtol=1e-4)  # q = -1/λ
+    assert with_steps(Absgd(-1.0), 3) == Absgd(-1.0)
 
 
 def test_weights_within_a_class_are_bounded():

@@ -7,15 +7,17 @@ A method is a frozen dataclass registered as a pytree (numbers are leaves) with 
 
 ``size`` is the number of training examples and of classes. ``losses(params, batch)`` returns the losses of a
 :class:`Batch`, one an example and not yet weighted by class, and :class:`Outputs`. ``held_out`` is a balanced batch of
-examples that are not trained on, where there are enough; it is None unless ``needs_held_out``. A method that follows
-training also has ``at(moment)``, itself at a :class:`Moment`.
+examples that are not trained on, where there are enough; it is None unless ``needs_held_out``. A method that looks
+ahead also has ``at_rate(rate)``, itself at the optimizer's learning rate. A number may be :class:`Annealed`.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 
 
 class Batch(NamedTuple):
@@ -25,14 +27,6 @@ class Batch(NamedTuple):
     labels: jax.Array  # shape=(B,)
     weights: jax.Array  # of their classes, shape=(B,)
     indices: Any = None  # in the training set, shape=(B,)
-
-
-class Moment(NamedTuple):
-    """Where training is."""
-
-    rate: jax.Array  # the optimizer's learning rate
-    step: jax.Array  # steps done
-    steps: jax.Array  # in an epoch
 
 
 class Outputs(NamedTuple):
@@ -52,9 +46,25 @@ class Info(NamedTuple):
     aux: Outputs
 
 
-def annealed(begin, end, epoch, epochs):
-    """A number that goes from one value to another in the first third of all epochs."""
-    return begin + (end - begin) * jnp.minimum(3 * epoch / epochs, 1)
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Annealed:
+    """A schedule: a number that goes from one value to another in the first third of all epochs."""
+
+    begin: float
+    end: float
+    epochs: int
+    steps: Any = 1  # in an epoch, which is known when training steps
+
+    def __call__(self, step):
+        return self.begin + (self.end - self.begin) * jnp.minimum(3 * step / (self.epochs * self.steps), 1)
+
+
+def with_steps(method, steps):
+    """A method whose schedules know how many steps an epoch has."""
+    is_annealed = lambda x: isinstance(x, Annealed)  # noqa: E731
+    known = lambda x: dataclasses.replace(x, steps=steps) if is_annealed(x) else x  # noqa: E731
+    return jax.tree.map(known, method, is_leaf=is_annealed)
 
 
 def gradient_of_mean(objective, losses, params, batch):

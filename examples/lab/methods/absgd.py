@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 import absgd_jax
-from examples.lab.methods import Info, annealed
+from examples.lab.methods import Annealed, Info
 
 
 @register_dataclass
@@ -17,28 +17,18 @@ from examples.lab.methods import Info, annealed
 class Absgd:
     """One of ``temperature``, ``kl_radius``, ``trust`` and ``focus`` says how uneven the weights are."""
 
-    temperature: float = math.inf  # λ, in units of loss
+    temperature: float | Annealed = math.inf  # λ, in units of loss
     kl_radius: float | None = None  # ρ in nats; λ > 0 starts at 10 times the mean loss
     trust: float | None = None  # the fraction to trust
     focus: float | None = None  # the fraction to focus on
     gamma: float = 0.9
     log_alpha: float | None = None  # of SCENT's rule, in place of γ
     max_weight: float = math.inf
-    anneal_from: float | None = None  # λ in the first step
-    epochs: int = 0  # of the training in whose first third λ is annealed
-    steps: Any = 1  # in an epoch
 
     needs_held_out = False
 
-    def at(self, moment):
-        """The method that knows how long an epoch is."""
-        return self if self.anneal_from is None else dataclasses.replace(self, steps=moment.steps)
-
     def transform(self):
         temperature: Any = self.temperature
-        if self.anneal_from is not None:
-            begin, end = self.anneal_from, self.temperature
-            temperature = lambda count: annealed(begin, end, count / self.steps, self.epochs)  # noqa: E731
         if self.kl_radius is not None:
             temperature = absgd_jax.focus_fraction(jnp.exp(-jnp.asarray(self.kl_radius)))
         if self.trust is not None:
@@ -72,9 +62,7 @@ class Absgd:
 
 BY_NAME = {
     "sgd": lambda recipe: Absgd(),
-    "absgd": lambda recipe: Absgd(
-        recipe.temperature, gamma=recipe.gamma, max_weight=recipe.max_weight, **recipe.annealing
-    ),
+    "absgd": lambda recipe: Absgd(recipe.annealed_temperature, gamma=recipe.gamma, max_weight=recipe.max_weight),
     "term": lambda recipe: Absgd(recipe.temperature, gamma=1.0, max_weight=recipe.max_weight),
     "adaptive-gamma": lambda recipe: Absgd(
         recipe.temperature, log_alpha=recipe.log_alpha, max_weight=recipe.max_weight

@@ -76,9 +76,9 @@ class Meta:
 
     needs_held_out = True
 
-    def at(self, moment):
+    def at_rate(self, rate):
         """The method with the optimizer's learning rate."""
-        return dataclasses.replace(self, rate=moment.rate)
+        return dataclasses.replace(self, rate=rate)
 
     def init(self, params, size):
         del params, size
@@ -102,6 +102,10 @@ class L2rw:
     """
 
     needs_held_out = True
+
+    def at_rate(self, rate):
+        del rate
+        return self
 
     def init(self, params, size):
         del params, size

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from examples.lab.methods import annealed, gradient_of_mean
+from examples.lab.methods import Annealed, gradient_of_mean
 
 
 def generalised_cross_entropy(loss, logits, q):
@@ -53,34 +53,29 @@ class RobustLoss:
     """The mean over the batch of a function of the losses."""
 
     name: str = dataclasses.field(metadata={"static": True})
-    number: float
-    anneal_from: float | None = None  # the number in the first step; its reciprocal, |λ| of gce, is annealed
-    epochs: int = 0
+    number: float | Annealed  # annealed, it is its reciprocal: |λ| of generalised cross entropy
 
     needs_held_out = False
 
-    def at(self, moment):
-        """The method with the number of the moment."""
-        if self.anneal_from is None:
-            return self
-        epoch = moment.step / moment.steps
-        return dataclasses.replace(self, number=1 / annealed(1 / self.anneal_from, 1 / self.number, epoch, self.epochs))
-
     def init(self, params, size):
         del params, size
-        return ()
+        return jnp.zeros((), jnp.int32)  # steps done
 
     def gradient(self, losses, params, state, batch, held_out):
         del held_out
-        objective = lambda values, aux: FUNCTIONS[self.name](values, aux.logits, self.number)  # noqa: E731
+        number = 1 / self.number(state) if isinstance(self.number, Annealed) else self.number
+        objective = lambda values, aux: FUNCTIONS[self.name](values, aux.logits, number)  # noqa: E731
         grads, info = gradient_of_mean(objective, losses, params, batch)
-        return grads, state, info
+        return grads, state + 1, info
 
 
 def _by_name(name):
-    return lambda recipe: RobustLoss(
-        name, 1 - recipe.fraction if name == "forward" else recipe.parameter, **recipe.annealing
-    )
+    def make(recipe):
+        if recipe.anneal_from is not None:
+            return RobustLoss(name, Annealed(1 / recipe.anneal_from, 1 / recipe.parameter, recipe.epochs))
+        return RobustLoss(name, 1 - recipe.fraction if name == "forward" else recipe.parameter)
+
+    return make
 
 
 BY_NAME = {name: _by_name(name) for name in FUNCTIONS}

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 import absgd_jax
-from examples.lab.methods import Info, annealed
+from examples.lab.methods import Annealed, Info
 
 
 @register_dataclass
@@ -20,25 +19,16 @@ class WithinClass:
     A batch has few examples of a class, so γ has to be small for the risk to remember more of them.
     """
 
-    temperature: float  # λ, in units of loss
+    temperature: float | Annealed  # λ, in units of loss
     gamma: float
     max_weight: float = math.inf
-    anneal_from: float | None = None  # λ in the first step
-    epochs: int = 0
-    steps: Any = 1
 
     needs_held_out = False
 
-    def at(self, moment):
-        """The method that knows how long an epoch is."""
-        return self if self.anneal_from is None else dataclasses.replace(self, steps=moment.steps)
-
     def weighting(self, classes):
-        temperature: Any = self.temperature
-        if self.anneal_from is not None:
-            begin, end = self.anneal_from, self.temperature
-            temperature = lambda count: annealed(begin, end, count / self.steps, self.epochs)  # noqa: E731
-        weighting = absgd_jax.weight_by_absgd(temperature, self.gamma, max_weight=self.max_weight, bias_correction=True)
+        weighting = absgd_jax.weight_by_absgd(
+            self.temperature, self.gamma, max_weight=self.max_weight, bias_correction=True
+        )
         return absgd_jax.within_groups(weighting, classes)
 
     def init(self, params, size):
@@ -58,6 +48,4 @@ class WithinClass:
         return grads, after, Info(values, weights, jnp.mean(after.risk), state.temperature[0], aux)
 
 
-BY_NAME = {
-    "within-class": lambda recipe: WithinClass(recipe.temperature, recipe.gamma, recipe.max_weight, **recipe.annealing)
-}
+BY_NAME = {"within-class": lambda recipe: WithinClass(recipe.annealed_temperature, recipe.gamma, recipe.max_weight)}
