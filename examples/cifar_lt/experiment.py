@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from examples.cifar_lt.task import Cifar
 from examples.lab.config import Run
-from examples.lab.experiment import TUNING_VALIDATION, Experiment, absgd
+from examples.lab.experiment import TUNING_VALIDATION, Experiment, absgd, wrong_labels
 from examples.lab.losses import NEEDS_COSINES
 from examples.lab.recipe import Recipe
 from examples.lab.schedule import Line, two_stages
@@ -150,26 +150,6 @@ BALANCED = [
     *({"begin": 0.0, "method": "rgd", "parameter": tau} for tau in (0.5, 1.0, 2.0)),
     *({"begin": 0.0, **row} for row in BOUNDED),
 ]
-
-
-def wrong_labels(right: float) -> list[dict[str, Any]]:
-    """Methods for a part of right labels: those that are told it, and those that are tuned."""
-    annealed = {"temperature": -0.7, "anneal_from": -4.0}
-    at_once = [
-        {"method": "absgd", **annealed},
-        {"method": "within-class", "gamma": 0.1, **annealed},
-        {"method": "forward", "fraction": right},
-        {"method": "trust", "fraction": right},
-        *({"method": "gce", "parameter": q} for q in (0.3, 0.5, 0.7)),
-        *({"method": "sce", "parameter": alpha} for alpha in (0.1, 0.3, 1.0)),
-        *({"method": "smoothing", "parameter": part} for part in (0.1, 0.3, 0.5)),
-        *({"method": "small-loss", "fraction": right, "parameter": steps} for steps in (200.0, 600.0, 1200.0)),
-        *({"method": "elr", "parameter": strength} for strength in (1.0, 3.0, 7.0)),
-    ]
-    # A fixed λ < 0 only once the network knows the classes: from the beginning it gives up whole classes.
-    weighted = ({"method": "absgd"}, {"method": "within-class", "gamma": 0.1}, {"method": "term"})
-    later = [method | {"temperature": t} for method in weighted for t in (-1.0, -2.0, -5.0)]
-    return [{}, *({"begin": 0.0, **row} for row in at_once), *({"begin": 0.25, **row} for row in later)]
 
 
 def long_tail_with_wrong_labels(right: float) -> list[dict[str, Any]]:

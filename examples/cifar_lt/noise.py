@@ -13,6 +13,7 @@ from examples.cifar_lt import safe_pickle
 from examples.cifar_lt.data import ARCHIVES, TRAIN
 from examples.lab import files
 from examples.lab.errors import UsageError, UserError
+from examples.lab.noise import symmetric
 
 # The official release; the commit is named because the checksums are of its files.
 URL = "https://raw.githubusercontent.com/UCSC-REAL/cifar-10-100n/49df7d8a69e355470c77c1c2f2424916325a394b/data/"
@@ -28,31 +29,6 @@ RELEASES = {  # name of the file, its SHA-256, and its keys for the kinds of lab
         {"noisy": "noisy_label"},
     ),
 }
-
-
-def symmetric(labels: np.ndarray, rate: float, classes: int, seed: int) -> np.ndarray:
-    """Labels of which exactly ``round(rate * N)`` are replaced, each by any of the other classes.
-
-    Args:
-      labels: Classes, shape (N,).
-      rate: The share to replace, at least 0 and less than 1.
-      classes: C, at least 2.
-      seed: Seed of the choice.
-
-    Returns:
-      New labels, shape (N,).
-
-    Raises:
-      UserError: if ``rate`` is out of range.
-    """
-    if not 0 <= rate < 1:
-        raise UsageError(f"noise rate {rate}: it must be at least 0 and less than 1, the share of labels to replace.")
-    # The bare seed is that of imbalance.subset: which labels are wrong should not depend on which images are in it.
-    rng = np.random.default_rng([seed, 1])
-    replaced = rng.permutation(len(labels))[: round(rate * len(labels))]
-    noisy = labels.copy()
-    noisy[replaced] = (labels[replaced] + rng.integers(1, classes, len(replaced))) % classes
-    return noisy
 
 
 # What CIFAR-10's classes are taken for (Patrini et al. 2017): truck for automobile, bird for airplane, deer for horse,

@@ -84,6 +84,26 @@ def absgd(temperatures: Iterable[float], **changes: Any) -> list[dict[str, Any]]
     return [{"method": "absgd", "temperature": t, **changes} for t in temperatures]
 
 
+def wrong_labels(right: float) -> list[dict[str, Any]]:
+    """Methods for a part of right labels: those that are told it, and those that are tuned."""
+    annealed = {"temperature": -0.7, "anneal_from": -4.0}
+    at_once = [
+        {"method": "absgd", **annealed},
+        {"method": "within-class", "gamma": 0.1, **annealed},
+        {"method": "forward", "fraction": right},
+        {"method": "trust", "fraction": right},
+        *({"method": "gce", "parameter": q} for q in (0.3, 0.5, 0.7)),
+        *({"method": "sce", "parameter": alpha} for alpha in (0.1, 0.3, 1.0)),
+        *({"method": "smoothing", "parameter": part} for part in (0.1, 0.3, 0.5)),
+        *({"method": "small-loss", "fraction": right, "parameter": steps} for steps in (200.0, 600.0, 1200.0)),
+        *({"method": "elr", "parameter": strength} for strength in (1.0, 3.0, 7.0)),
+    ]
+    # A fixed λ < 0 only once the network knows the classes: from the beginning it gives up whole classes.
+    weighted = ({"method": "absgd"}, {"method": "within-class", "gamma": 0.1}, {"method": "term"})
+    later = [method | {"temperature": t} for method in weighted for t in (-1.0, -2.0, -5.0)]
+    return [{}, *({"begin": 0.0, **row} for row in at_once), *({"begin": 0.25, **row} for row in later)]
+
+
 def rivals(rows: Iterable[Recipe]) -> list[list[Recipe]]:
     """The rows that differ in nothing but a strength, of which validation chooses one."""
     families: dict[tuple[str, ...], list[Recipe]] = {}

@@ -1,13 +1,14 @@
-"""Tabular data, balanced or mildly imbalanced: do bounded weights, or λ < 0, help where nobody asks for robustness?
+"""Tabular data, clean and with wrong labels: do weights by loss help, also where nobody asks for robustness?
 
 python -m examples.tabular sweep --data-dir data
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from examples.lab.config import Run
-from examples.lab.experiment import Experiment, absgd
+from examples.lab.experiment import Experiment, absgd, wrong_labels
 from examples.lab.recipe import Recipe
 from examples.lab.schedule import two_stages
 from examples.tabular.task import Tabular
@@ -18,7 +19,7 @@ class TabularRecipe(Recipe):
     """Trains a perceptron; the method is at work from the first step to the last."""
 
     dataset: str = "adult"
-    """adult, breast-cancer or digits."""
+    """adult, breast-cancer or digits; with wrong labels such as adult-sym0.2."""
     epochs: int = 10
     """All epochs; the learning rate falls linearly to 0."""
     rate: float = 0.03
@@ -44,6 +45,14 @@ ROWS = [
     *({"method": "rgd", "parameter": tau} for tau in (0.5, 1.0, 2.0, 5.0)),
     {"loss": "focal"},
 ]
+
+
+def tables(base: TabularRecipe) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a dataset, by whether labels are wrong."""
+    _, rate = Tabular(dataset=base.dataset).parsed
+    return {"noise": wrong_labels(round(1 - rate, 4))} if rate else {"1": ROWS}
+
+
 ADULT = TabularRecipe(preset="adult")
 EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
@@ -52,7 +61,7 @@ EXPERIMENT = Experiment(
         # What scikit-learn ships: a few hundred rows.
         "small": dataclasses.replace(ADULT, preset="small", dataset="digits", epochs=50, batch_size=32),
     },
-    tables=lambda base: {"1": ROWS},
+    tables=tables,
     make_run=make_run,
     evaluate_every={"adult": 10, "small": 50},
 )

@@ -1,7 +1,8 @@
-"""Adult from its UCI files and the tables that scikit-learn ships, and a multi-layer perceptron."""
+"""Adult from its UCI files and the tables that scikit-learn ships, also with wrong labels, and a perceptron."""
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from examples.lab.errors import UsageError, UserError
-from examples.lab.task import Data, Split, Task
+from examples.lab.noise import symmetric
+from examples.lab.task import NUMBER, Data, Split, Task
 
 SHIPPED = {"breast-cancer": load_breast_cancer, "digits": load_digits}
 CLASSES = {"adult": 2, "breast-cancer": 2, "digits": 10}
+DATASET = re.compile(rf"({'|'.join(CLASSES)})(?:-sym{NUMBER})?")
 HIDDEN = (64, 64)  # units
 FEATURES = {"adult": 108, "breast-cancer": 30, "digits": 64}
 URL = "https://archive.ics.uci.edu/dataset/2/adult"
@@ -30,45 +33,56 @@ COLUMNS = (
 class Tabular(Task):
     """The fields identify the rows and the network."""
 
-    dataset: str
+    dataset: str  # such as adult or, with 20 % wrong labels, adult-sym0.2
     validation: float = 0.0
     subset_seed: int = 0
 
     @property
+    def parsed(self) -> tuple[str, float]:
+        found = DATASET.fullmatch(self.dataset)
+        if not found:
+            raise UsageError(
+                f"--dataset {self.dataset}: choose from {', '.join(CLASSES)}, or with wrong labels like adult-sym0.2."
+            )
+        return found[1], float(found[2] or 0)
+
+    @property
     def classes(self) -> int:
-        if self.dataset not in CLASSES:
-            raise UsageError(f"--dataset {self.dataset}: choose from {', '.join(CLASSES)}.")
-        return CLASSES[self.dataset]
+        return CLASSES[self.parsed[0]]
 
     def load(self, data_dir: Path) -> Data:
-        if self.dataset == "adult":
+        name, rate = self.parsed
+        if name == "adult":
             train, test = adult(data_dir / "adult")
             if train.inputs.shape[1] != FEATURES["adult"]:
                 raise UserError(f"{data_dir / 'adult'} lacks some categories. Get the files from {URL}.")
         else:
-            table: Any = SHIPPED[self.dataset]()
-            train, test = self._split(Split(table["data"], table["target"]), 0.3)
+            table: Any = SHIPPED[name]()
+            train, test = (Split(*part) for part in self._split(0.3, table["data"], table["target"]))
+        inputs, clean = train
+        labels = symmetric(np.asarray(clean, np.int32), rate, self.classes, self.subset_seed)
         validation = None
-        if self.validation:
-            train, validation = self._split(train, self.validation)
-        scaler = StandardScaler().fit(train.inputs)
+        if self.validation:  # its labels are as wrong as those that are trained on
+            (inputs, clean, labels), held_out = self._split(self.validation, inputs, clean, labels)
+            validation = Split(held_out[0], held_out[2])
+        scaler = StandardScaler().fit(inputs)
 
         def scaled(rows: Split) -> Split:
             return Split(np.asarray(scaler.transform(rows.inputs), np.float32), np.asarray(rows.labels, np.int32))
 
-        return Data(scaled(train), scaled(test), validation and scaled(validation))
+        rows = scaled(Split(inputs, labels))
+        return Data(rows, scaled(test), validation and scaled(validation), clean=np.asarray(clean, np.int32))
 
-    def _split(self, rows: Split, part: float) -> tuple[Split, Split]:
+    def _split(self, part: float, *columns: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Two parts of the rows with the same share of each value of the last column."""
         try:
-            x, other_x, y, other_y = train_test_split(
-                *rows, test_size=part, random_state=self.subset_seed, stratify=rows.labels
-            )
+            parts = train_test_split(*columns, test_size=part, random_state=self.subset_seed, stratify=columns[-1])
         except ValueError as error:
-            raise UsageError(f"--validation {part} of {len(rows.labels)} rows: {error}") from None
-        return Split(x, y), Split(other_x, other_y)
+            raise UsageError(f"--validation {part} of {len(columns[-1])} rows: {error}") from None
+        return parts[::2], parts[1::2]
 
     def network(self, loss, rngs):
-        return Perceptron((FEATURES[self.dataset], *HIDDEN), self.classes, rngs)
+        return Perceptron((FEATURES[self.parsed[0]], *HIDDEN), self.classes, rngs)
 
 
 class Perceptron(nnx.Module):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from examples.lab import cli, records
 from examples.lab.errors import UserError
@@ -56,8 +57,26 @@ def test_shipped_tables_are_split_and_scaled(tmp_path):
     assert not np.array_equal(other.test.labels, data.test.labels)
 
 
-def test_rows_are_runs_of_their_own():
-    rows = EXPERIMENT.recipes("small")
+def test_wrong_labels_are_those_of_training(tmp_path):
+    clean, noisy = (Tabular(dataset=f"breast-cancer{noise}").load(tmp_path) for noise in ("", "-sym0.4"))
+    for part in ("train", "test"):
+        np.testing.assert_array_equal(getattr(noisy, part).inputs, getattr(clean, part).inputs)
+    np.testing.assert_array_equal(noisy.test.labels, clean.test.labels)
+    np.testing.assert_array_equal(noisy.clean, clean.train.labels)
+    assert np.count_nonzero(noisy.train.labels != clean.train.labels) == round(0.4 * 398)
+
+
+@pytest.mark.parametrize("rate", [0, 0.4])
+def test_labels_to_choose_by_are_as_wrong(rate, tmp_path):
+    data = Tabular(dataset=f"breast-cancer-sym{rate}", validation=0.3).load(tmp_path)
+    judge = LogisticRegression().fit(data.train.inputs, data.clean)  # right for 97 % of the rows
+    assert np.mean(data.train.labels != data.clean) == pytest.approx(rate, abs=0.06)
+    assert np.mean(judge.predict(data.validation.inputs) != data.validation.labels) == pytest.approx(rate, abs=0.1)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "digits-sym0.4"])
+def test_rows_are_runs_of_their_own(dataset):
+    rows = EXPERIMENT.recipes("small", dataset)
     assert len({EXPERIMENT.name_of(row) for row in rows}) == len({make_run(row) for row in rows}) == len(rows)
 
 
