@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Tabular(Task):
         rows = scaled(Split(inputs, labels))
         return Data(rows, scaled(test), validation and scaled(validation), clean=np.asarray(clean, np.int32))
 
-    def _split(self, part: float, *columns: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _split(self, part: float, *columns: np.ndarray) -> tuple[Sequence[Any], Sequence[Any]]:
         """Two parts of the rows with the same share of each value of the last column."""
         try:
             parts = train_test_split(*columns, test_size=part, random_state=self.subset_seed, stratify=columns[-1])
