@@ -167,7 +167,7 @@ def balanced_softmax(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLi
     return logit_adjustment(logits, labels, class_counts, tau=1.0)
 
 
-def logit_adjustment(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, tau: float = 1.0) -> jax.Array:
+def logit_adjustment(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, tau: ArrayLike = 1) -> jax.Array:
     r"""Logit-adjusted cross entropy: the class prior is added to the logits in training, so they need not learn it.
 
     .. math:: L = \mathrm{CE}\big(z + \tau \log \pi,\, y\big), \qquad \pi_j = n_j / \textstyle\sum_i n_i
@@ -200,7 +200,7 @@ def logit_adjustment(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLi
 
 
 def sigmoid_logit_adjustment(
-    logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, tau: float = 1.0
+    logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, tau: ArrayLike = 1.0
 ) -> jax.Array:
     r"""Logit-adjusted cross entropy of the sigmoid, for binary and multi-label data.
 

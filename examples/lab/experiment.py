@@ -86,10 +86,10 @@ def absgd(temperatures: Iterable[float], **changes: Any) -> list[dict[str, Any]]
 
 def wrong_labels(right: float) -> list[dict[str, Any]]:
     """Methods for a part of right labels: those that are told it, and those that are tuned."""
-    annealed = {"temperature": -0.7, "anneal_from": -4.0}
+    weighted = [{"method": "absgd"}, {"method": "within-class", "gamma": 0.1}]
+    annealed = ({**method, "temperature": t, "anneal_from": -4.0} for method in weighted for t in (-0.7, -1.4, -2.0))
     at_once = [
-        {"method": "absgd", **annealed},
-        {"method": "within-class", "gamma": 0.1, **annealed},
+        *annealed,
         {"method": "forward", "fraction": right},
         {"method": "trust", "fraction": right},
         *({"method": "gce", "parameter": q} for q in (0.3, 0.5, 0.7)),
@@ -99,8 +99,7 @@ def wrong_labels(right: float) -> list[dict[str, Any]]:
         *({"method": "elr", "parameter": strength} for strength in (1.0, 3.0, 7.0)),
     ]
     # A fixed λ < 0 only once the network knows the classes: from the beginning it gives up whole classes.
-    weighted = ({"method": "absgd"}, {"method": "within-class", "gamma": 0.1}, {"method": "term"})
-    later = [method | {"temperature": t} for method in weighted for t in (-1.0, -2.0, -5.0)]
+    later = [method | {"temperature": t} for method in (*weighted, {"method": "term"}) for t in (-1.0, -2.0, -5.0)]
     return [{}, *({"begin": 0.0, **row} for row in at_once), *({"begin": 0.25, **row} for row in later)]
 
 
