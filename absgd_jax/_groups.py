@@ -72,14 +72,14 @@ def within_groups(weighting: LossWeighting, num_groups: int) -> LossWeighting:
                 f"The state's risk has shape {jnp.shape(state.risk)}, that of {num_groups} groups has ({num_groups},): "
                 "make the state with the init() that belongs to this update."
             )
-        groups = groups.astype(jnp.int32)  # uint8 ends at 255, where there may be more groups
+        known = (groups >= 0) & (groups < num_groups)
+        groups = jnp.where(known, groups, -1).astype(jnp.int32)  # uint8 ends at 255, where there may be more groups
         present = align_mask(True if where is None else where, shape)
 
         def of_group(state, group):
             return weighting.update(losses, state, where=present & (groups == group), axis_name=axis_name)
 
         weights, state = jax.vmap(of_group)(state, jnp.arange(num_groups, dtype=jnp.int32))
-        known = (groups >= 0) & (groups < num_groups)
         return jnp.where(known | ~present, jnp.sum(weights, axis=0), jnp.nan), state
 
     return LossWeighting(init_fn, update_fn)

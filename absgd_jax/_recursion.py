@@ -54,6 +54,11 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
         return settle(state._replace(temperature=keep_finite(lam, state.risk.dtype)))
 
     def now(state):
+        if shape := jnp.shape(state.risk):
+            raise ValueError(
+                f"The state's risk has shape {shape}, a scalar is needed: make the state with the init() that belongs "
+                "to this update. (A state of within_groups belongs to the update of within_groups.)"
+            )
         # Numbers and schedules are read where they are given, so that one that is injected or changed holds at once.
         state = state._replace(max_weight=keep_finite(max_weight, state.risk.dtype))
         lam = state.temperature if isinstance(temperature, Rule) else evaluate("temperature", temperature, state)
@@ -82,6 +87,7 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
         weights = jnp.stack([past, jnp.where(plain, 1, new)])
         merged = tilt(jnp.stack([state.risk, value]), lam, weights)
         seen = jnp.isfinite(value) & ~((value == 0) & jnp.signbit(value)) & (merged.weight > 0)
+        seen &= ~jnp.isnan(merged.risk)  # as it is if λ is
 
         # g̃/s by the batch's share where γ can divide it, else (γ = 0 leaves the past as it is) by its definition.
         mass = jnp.where(merged.weight > 0, merged.weight, 1)
@@ -102,7 +108,7 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
         )
         following = evaluate("temperature", temperature, after, kl)
         if isinstance(temperature, Rule):
-            following = jnp.where(seen, following, lam)
+            following = jnp.where(seen & ~jnp.isnan(following), following, lam)
         return jnp.where(seen & ~plain, factor, 1), with_temperature(after, following)
 
     return Recursion(init, now, step)

@@ -1,5 +1,6 @@
 """The entropic risk of a batch, differentiable, on one device or over many."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -20,8 +21,10 @@ def _reduce(losses, temperature, weights, threshold, axis: Axis, axis_name: Axis
 @_reduce.defjvp
 def _reduce_jvp(axis, axis_name, primals, tangents):
     losses, temperature, weights, threshold = primals
-    batch = tilt(clip_losses(losses, temperature, threshold), temperature, weights, axis)
-    part, share, log_ratio = Part(batch.risk, batch.weight, batch.kl), 1, 0
+    clipped = clip_losses(losses, temperature, threshold)
+    batch = tilt(clipped, temperature, weights, axis)
+    beyond = jnp.where(clipped == losses, 0, batch.shares)
+    part, share, log_ratio = Part(_with_slopes(axis, batch.risk, beyond, losses), batch.weight, batch.kl), 1, 0
     if axis_name is not None:
         part, share, log_ratio = merge_devices(part, temperature, axis_name)
     if tangents is None:
@@ -37,7 +40,7 @@ def _reduce_jvp(axis, axis_name, primals, tangents):
     # ∂R/∂w_i = λ (p̂_i/ŵ_i - 1) / Σ w, whose limit at λ = ∞ is (L_i - R) / Σ w.
     plain = is_infinite(temperature)
     slopes = jnp.where(plain, 1, temperature) * jnp.expm1(batch.log_ratios + along(log_ratio))
-    slopes = jnp.where(plain, clip_losses(losses, temperature, threshold) - along(part.risk), slopes)
+    slopes = jnp.where(plain, clipped - along(part.risk), slopes)
     slopes = jnp.where(weights > 0, slopes, 0) / jnp.where(along(part.weight) > 0, along(part.weight), 1)
     d_risk = jnp.sum(along(share) * batch.shares * d_losses + slopes * d_weights, axis)
     d_risk = d_risk - share * (batch.kl + jnp.where(share == 0, 0, log_ratio)) * d_temperature
@@ -46,9 +49,23 @@ def _reduce_jvp(axis, axis_name, primals, tangents):
     return part, Part(d_risk, jnp.zeros_like(part.weight), jnp.zeros_like(part.kl))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_slopes(axis: Axis, risk, slopes, losses):
+    """The risk, which beside its gradient can be differentiated again: clipping took the slopes of some losses."""
+    del axis, slopes, losses
+    return risk
+
+
+@_with_slopes.defjvp
+def _with_slopes_jvp(axis, primals, tangents):
+    (risk, slopes, _), (d_risk, _, d_losses) = primals, tangents
+    return risk, d_risk + jnp.sum(slopes * jnp.where(slopes == 0, 0, d_losses), axis)
+
+
 def reduce(losses, temperature, *, weights=None, where=None, threshold=None, axis=None, axis_name=None) -> Part:
     """The batch's (or, with ``axis_name``, the global batch's) risk, total weight and KL divergence."""
     losses, temperature, weights = reduction_inputs(losses, temperature, weights, where)
+    axis = tuple(axis) if isinstance(axis, Sequence) else axis  # a list has no hash
     return _reduce(losses, temperature, weights, threshold, axis, axis_name)
 
 

@@ -72,6 +72,12 @@ def check_radius(radius: ArrayLike | None, batch_size: Any) -> None:
         )
 
 
+def _check_batch_size(radius, batch_size):
+    if batch_size is not None:
+        check_finite("batch_size", batch_size, at_least=1)
+        check_radius(radius, batch_size)
+
+
 def adaptive_gamma(log_alpha: ArrayLike) -> Rule:
     r"""The state-dependent γ of SCENT, given as ``gamma=``: for λ > 0 forget fast while the risk is high.
 
@@ -121,8 +127,8 @@ def kl_radius(
 
     λ follows the losses down, so the weights stay uneven when a network has fitted its training set, where any fixed λ
     turns into SGD. λ lives in the state; pass KL̂ to the update: ``update(grads, state, params, value=risk, kl=kl)``,
-    both from ``value_and_grad(..., with_kl=True)``. A state that is handed over at λ = ∞ (the first of two stages)
-    starts at ``init``.
+    both from ``value_and_grad(..., with_kl=True)``. A state that is handed over at λ = ∞ (the first of two stages), or
+    at a λ of the other sign, starts at ``init``.
 
     s_t lags behind while λ falls, the more so the smaller γ is, and batches would weigh up to 1/γ. So the mean weight
     g̃/s of a batch is held at 1 where it is greater: a batch harder than the running risk is a softmax, an easier one
@@ -161,8 +167,7 @@ def kl_radius(
     if concrete(init) == 0:
         raise ValueError(f"init={init!r}: λ must start away from 0; use 1.0, or -1.0 for the mirrored form.")
     check_positive("step_size", step_size)
-    if batch_size is not None:
-        check_radius(rho, batch_size)
+    _check_batch_size(rho, batch_size)
     return Rule(Partial(_within_radius, rho, init, step_size), rho)
 
 
@@ -171,12 +176,12 @@ def _within_radius(rho, init, step_size, state, kl):
 
 
 def _mirror_step(rho, step_size, start, temperature, kl):
-    """One step on log|λ|, kept away from 0 and ∞ so that it can always come back; at ∞ the start."""
+    """One step on log|λ|, kept away from 0 and ∞ so that it can always come back; at ∞ or the other sign the start."""
     bound = math.sqrt(jnp.finfo(jnp.float32).max)  # batches may be reduced in float32 where the state is float64
     rho, step_size, start = (jnp.asarray(x, temperature.dtype) for x in (rho, step_size, start))
     size = jnp.abs(temperature) * jnp.exp(step_size * (kl - rho))
     step = jnp.copysign(jnp.clip(size, 1 / bound, bound), temperature)
-    return jnp.where(is_infinite(temperature), start, step)
+    return jnp.where(is_infinite(temperature) | (jnp.sign(temperature) != jnp.sign(start)), start, step)
 
 
 def _fraction_rule(fraction, sign, step_size, batch_size):
@@ -189,8 +194,7 @@ def _fraction_rule(fraction, sign, step_size, batch_size):
         slow = 0.015 / rho  # a λ that comes down in fewer than 150 steps can give up classes
         step_size = min(0.03, slow) if number is not None else jnp.minimum(0.03, slow)
     check_positive("step_size", step_size)
-    if batch_size is not None:
-        check_radius(rho, batch_size)
+    _check_batch_size(rho, batch_size)
     return Rule(Partial(_within_fraction, rho, sign, step_size), rho)
 
 

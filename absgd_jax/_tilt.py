@@ -35,6 +35,7 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
     logarithm of the mean is then ``log`` far from 0 and ``log1p`` of a mean of ``expm1`` near it.
     """
     present = weights > 0
+    weights = jnp.where(weights == 0, 0, weights)  # what is left out has no derivative either
     values = jnp.where(present, values, 0)
 
     def total(x):
@@ -62,7 +63,7 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
 
     tilted = weights * jnp.exp(exponents)
     normalizer = jnp.where(empty, 1, total(tilted))
-    shares = tilted / normalizer
+    shares = jnp.where(present, tilted / normalizer, 0)
 
     mean = normalizer / weight
     far = mean < 0.5
@@ -145,6 +146,6 @@ def clip_losses(losses: jax.Array, temperature: jax.Array, threshold: ArrayLike 
     """
     if threshold is None:
         return losses
-    threshold = jnp.asarray(threshold, losses.dtype)
-    clipped = jnp.where(temperature < 0, jnp.maximum(losses, threshold), jnp.minimum(losses, threshold))
-    return jnp.where(jnp.isfinite(losses), clipped, losses)
+    threshold = jax.lax.stop_gradient(jnp.asarray(threshold, losses.dtype))
+    beyond = jnp.where(temperature < 0, losses < threshold, losses > threshold)
+    return jnp.where(beyond & jnp.isfinite(losses), threshold, losses)

@@ -136,4 +136,4 @@ def _state_dtype(params: optax.Params) -> jnp.dtype:
     """float32, or float64 if any parameter is."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
     real = [jnp.finfo(dtype).dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
-    return jnp.result_type(jnp.float32, *map(wide, real))
+    return max([jnp.dtype(jnp.float32), *map(wide, real)], key=lambda dtype: dtype.itemsize)

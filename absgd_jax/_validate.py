@@ -10,11 +10,16 @@ import numpy as np
 
 def concrete(value: Any) -> float | None:
     """The value of a real number of Python's or NumPy's; None for all else: arrays, schedules, rules, tracers."""
-    if isinstance(value, (int, float, np.integer, np.floating)):
+    if isinstance(value, (int, float)):
         return float(value)
-    if isinstance(value, np.ndarray) and value.shape == () and value.dtype.kind in "iuf":
+    if isinstance(value, (np.ndarray, np.generic)) and value.shape == () and _is_real(value.dtype):
         return float(value)
     return None
+
+
+def _is_real(dtype: Any) -> bool:
+    """Whether it is a dtype of integers or floats, bfloat16 and its like included."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
 
 
 def check_temperature(temperature: Any, *, zero_allowed: bool = False) -> None:
@@ -78,10 +83,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_real(name: str, value: Any) -> None:
     """Raises TypeError for what is no real number, and no array of them: a text from a file, None, True."""
     dtype = getattr(value, "dtype", None)
-    if isinstance(value, bool) or not (
-        isinstance(value, (int, float))
-        or (dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)))
-    ):
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or (dtype is not None and _is_real(dtype))):
         kind = type(value).__name__ if dtype is None else f"{type(value).__name__} of dtype {dtype}"
         raise TypeError(f"{name}={value!r} is a {kind}: give a real number, or an array of one.")
 
@@ -98,8 +100,9 @@ def check_not_negative(name: str, values: Any) -> bool:
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)):
         return False
     numbers = np.asarray(values)
-    if numbers.dtype.kind not in "biuf":
+    if not (numbers.dtype == bool or _is_real(numbers.dtype)):
         raise TypeError(f"{name} has dtype {numbers.dtype}: give real numbers.")
+    numbers = numbers.astype(float)
     bad = numbers[~((numbers >= 0) & (numbers < np.inf))]
     if bad.size:
         raise ValueError(f"{name} contains {bad[0]}: give finite numbers that are not negative.")

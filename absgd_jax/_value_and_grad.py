@@ -20,6 +20,7 @@ from absgd_jax._state import ScaleByAbsgdState, keep_finite
 from absgd_jax._tilt import wide
 from absgd_jax._validate import check_not_negative, check_temperature
 
+MEANS = (AccumulationType.MEAN, AccumulationType.RUNNING_MEAN)
 OWN_KEYWORDS = ("state", "temperature", "where", "weights")
 
 
@@ -197,7 +198,8 @@ def _merge_slices(part_at, k: int, temperature):
         pair = jax.tree.map(lambda *x: jnp.stack(x), past[0], part)
         merged, between = merge_parts(Part(*pair), temperature.astype(part.risk.dtype))
         a, b = between.shares
-        total = jax.tree.map(lambda g, h: (a * g + b * h.astype(g.dtype)).astype(g.dtype), past[1], grads)
+        with jax.numpy_dtype_promotion("standard"):  # the shares are real where gradients are complex
+            total = jax.tree.map(lambda g, h: (a * g + b * h.astype(g.dtype)).astype(g.dtype), past[1], grads)
         return (merged, total), aux
 
     part, grads, _ = jax.eval_shape(part_at, 0)  # with types, so that the sums are sharded and vary as the parts do
@@ -220,7 +222,7 @@ def _leave(accumulator, aux, examples: int):
             return jnp.reshape(jnp.swapaxes(x, 0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]))
         if how is AccumulationType.SUM:
             return jnp.sum(x, axis=0)
-        if how is AccumulationType.MEAN and jnp.issubdtype(x.dtype, jnp.inexact):
+        if how in MEANS and jnp.issubdtype(x.dtype, jnp.inexact):
             return jnp.mean(x, axis=0)
         raise ValueError(
             f"aux has a leaf of shape {x.shape[1:]} and dtype {x.dtype}, which cannot leave micro-batches by {how}: "

@@ -12,7 +12,7 @@ from absgd_jax._merge import AxisName, Part, merge_devices
 from absgd_jax._recursion import recursion
 from absgd_jax._rules import Gamma, Rule, Temperature, check_radius
 from absgd_jax._state import ScaleByAbsgdState
-from absgd_jax._tilt import clip_losses, reduction_inputs, tilt
+from absgd_jax._tilt import clip_losses, is_infinite, reduction_inputs, tilt
 
 
 class LossWeighting(NamedTuple):
@@ -51,7 +51,8 @@ def weight_by_absgd(
       ``losses`` of any shape; ``where`` is a mask whose False leaves an example out, matched from the first axis on;
       ``axis_name`` names a ``shard_map``, ``pmap`` or ``vmap`` axis over which the batch is spread. p̃ has the shape of
       ``losses``, is 0 where an example is left out, and carries no gradient. The objective is ``sum(p̃ · L) / n`` with
-      the number n of losses that are not left out; over devices both are sums over all of them.
+      the number n of losses that are not left out, where those that are have finite numbers (0 times NaN is NaN); over
+      devices both are sums over all of them.
 
     Raises:
       ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1, or the
@@ -93,7 +94,9 @@ def weight_by_absgd(
             part, share, _ = merge_devices(part, lam, axis_name)
         factor, state = rec.step(part.risk, part.kl, state)
         # The shares first: a factor that overflows with the weight of the batch would make NaN of a share of 0.
-        weights = jnp.asarray(factor, losses.dtype) * (share * part.weight * batch.shares)
-        return jnp.minimum(weights, jnp.finfo(losses.dtype).max), state
+        tilted = jnp.asarray(factor, losses.dtype) * (share * part.weight * batch.shares)
+        plain = is_infinite(lam) & jnp.isfinite(part.risk)  # 1/n · n would not be 1 for every n
+        tilted = jnp.where(plain | (weights == 0), weights, jnp.minimum(tilted, jnp.finfo(losses.dtype).max))
+        return jax.lax.stop_gradient(tilted), state
 
     return LossWeighting(init_fn, update_fn)

@@ -260,9 +260,9 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     References:
       Cui et al., `Class-Balanced Loss Based on Effective Number of Samples <https://arxiv.org/abs/1901.05555>`_, 2019.
     """
-    _validate.check_finite("beta", beta, at_least=0)
-    if (_validate.concrete(beta) or 0) >= 1:
-        raise ValueError(f"beta={beta!r}: it must be less than 1; 0.9999 is usual.")
+    _validate.check_scalar("beta", beta, "Use jax.vmap for several values.")
+    if not 0 <= (_validate.concrete(beta) or 0) < 1:
+        raise ValueError(f"beta={beta!r}: it must be at least 0 and less than 1; 0.9999 is usual.")
     counts = _counts(class_counts)
     if counts.ndim == 0:
         raise ValueError("class_counts has shape (): give one count per class, shape (..., C).")
