@@ -8,6 +8,7 @@ all n devices have come out n times too large, and are averaged instead of summe
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from absgd_jax._merge import AxisName
 
@@ -41,10 +42,12 @@ def sum_gradients(grads, params, typed: frozenset, untyped: tuple, sharded):
     """Sums the devices' gradients of what all of them hold; of shards the loss has gathered them already."""
     copies = jax.lax.psum(1, untyped) if untyped else 1
 
-    def total(grad, param, is_shard):
-        axes = (*(typed - varying(param)), *(() if is_shard else untyped))
+    def total(how, grad, param):
+        split = {True: untyped, False: ()}[how] if isinstance(how, bool) else jax.tree.leaves(tuple(how))
+        axes = (*(typed - varying(param)), *(name for name in untyped if name not in split))
         grad = jax.lax.psum(grad, axes) if axes else grad
         return grad if copies == 1 else (grad / copies).astype(grad.dtype)
 
-    is_shard = jax.tree.map(lambda flag, below: jax.tree.map(lambda _: flag, below), sharded, params)
-    return jax.tree.map(total, grads, params, is_shard)
+    is_leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    below = lambda how, *trees: jax.tree.map(lambda *leaves: total(how, *leaves), *trees)  # noqa: E731
+    return jax.tree.map(below, sharded, grads, params, is_leaf=is_leaf)

@@ -67,8 +67,9 @@ def value_and_grad(
         batch statistics (a mean over the batch is exact, a variance lacks what the slices' means differ by); ``SUM``
         adds.
       axis_name: under ``shard_map``, ``pmap`` or ``vmap``, the axis (or axes) over which the batch is spread.
-      sharded: a prefix tree of booleans, True for parameters of which every device of the axis holds a shard. Needed
-        only under ``pmap``, ``vmap`` and ``shard_map(check_vma=False)``.
+      sharded: which parameters are shards of larger ones: their :class:`jax.sharding.PartitionSpec`, as in the
+        ``in_specs`` of ``shard_map``, or True for a shard on every device of the axes, False for a copy on each; or a
+        prefix tree of these. Needed only under ``pmap``, ``vmap`` and ``shard_map(check_vma=False)``.
 
     Returns:
       ``f(params, *args, state=None, temperature=None, where=None, weights=None, **kwargs)``, which returns

@@ -129,13 +129,17 @@ def test_the_truth_is_one():
         np.testing.assert_allclose((ends[0] - ends[1]) / 2, slope, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("slices", [1, 2])
-@pytest.mark.parametrize("name", LOSSES)
+# Four examples a device do not go to eight experts; how devices are spread matters little to slices.
+SLICED = [
+    *((name, how, 2) for name in LOSSES if name != "experts" for how in ("check_vma", "pmap")),
+    ("gathered negatives", "vmap", 2),
+    ("FSDP", "no check_vma", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "how", "slices"), [*((name, how, 1) for name in LOSSES for how in WAYS), *SLICED])
 def test_value_and_grad_is_one_device(name, how, slices):
     loss, params, spec = LOSSES[name]
-    if slices == 2 and (name == "experts" or how not in ("check_vma", "pmap")):
-        return  # four examples a device do not go to eight experts; slices do not ask how devices are spread
     options = {"num_microbatches": slices, "axis_name": "data", "sharded": spec != P()}
     f = absgd_jax.value_and_grad(lambda p, x, y: loss(p, x, y, "data"), **options)
     run = lambda p, x, y, w, lam: f(p, x, y, temperature=jax.lax.pmax(lam[0], "data"), weights=w)  # noqa: E731
@@ -143,6 +147,21 @@ def test_value_and_grad_is_one_device(name, how, slices):
     for lam in (1.0, -1.5, INF):
         actual = spread(params, X, Y, WEIGHTS, np.full(BATCH, lam))
         close(actual, truth(loss, params, lam, WEIGHTS, slices))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("slices", [1, 2])
+def test_parameters_that_are_sharded_over_one_axis_and_copied_over_another(slices, check_vma):
+    mesh = jax.make_mesh((DEVICES // 2, 2), ("data", "copy"), axis_types=(AxisType.Auto,) * 2)
+    axes, (loss, params, spec) = ("data", "copy"), LOSSES["FSDP"]
+    params, spec = params | {"c": np.array(0.3)}, spec | {"c": P()}
+    shifted = lambda p, x, y, axis: loss(p, x, y + p["c"], axis)  # noqa: E731
+    f = absgd_jax.value_and_grad(
+        lambda p, x, y: shifted(p, x, y, "data"), axis_name=axes, num_microbatches=slices, sharded=spec
+    )
+    specs = {"in_specs": (spec, P(axes), P(axes)), "out_specs": (P(), spec)}
+    run = jax.jit(jax.shard_map(partial(f, temperature=-1.5), mesh=mesh, check_vma=check_vma, **specs))
+    close(run(params, X, Y), truth(shifted, params, -1.5, np.ones(BATCH), slices))
 
 
 @pytest.mark.parametrize("how", WAYS)
