@@ -1,6 +1,7 @@
 """The batch's risk and its gradient in one pass: the whole batch, in micro-batches, or over devices."""
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -181,6 +182,7 @@ def _slices(batch, kwargs, k: int):
     # A mask or weight that all examples share is made as long as the examples before it is cut.
     options = [x if x is None or jnp.shape(x)[:1] != (1,) else jnp.repeat(x, examples, axis=0) for x in options]
     _count_examples((args, options), k)
+    jax.tree.map(partial(_check_sharding, k), (args, options))
     split = jax.tree.map(lambda x: jnp.reshape(x, (examples // k, k, *jnp.shape(x)[1:])), (args, *options))
 
     def slice_at(i):
@@ -250,6 +252,18 @@ def _count_examples(batch, k: int) -> int:
     if size % k:
         raise ValueError(f"num_microbatches={k} does not divide the batch of {size} examples.")
     return size
+
+
+def _check_sharding(k: int, x: Any) -> None:
+    """Raises ValueError if a slice of an array whose type says how it is sharded has no equal parts on all devices."""
+    sharding: Any = jax.typeof(x).sharding
+    axes = jax.tree.leaves(sharding.spec[:1])  # none, one or several names
+    devices = math.prod(sharding.mesh.shape[name] for name in axes)
+    if (size := jnp.shape(x)[0] // k) % devices:
+        raise ValueError(
+            f"num_microbatches={k} makes slices of {size} examples, which {devices} devices do not divide: take fewer "
+            "micro-batches or a larger batch."
+        )
 
 
 def _are_keys(x: Any) -> bool:

@@ -128,6 +128,22 @@ def test_infinite_temperature_is_the_mean_gradient(temperature):
     assert not np.any(states.mass)
 
 
+def test_without_a_temperature_every_weight_is_one_in_a_batch_of_any_size():
+    weighting, losses = absgd_jax.weight_by_absgd(float("inf")), 0.1 * jnp.arange(128)
+    left = jnp.arange(128) <= jnp.arange(128)[:, None]
+    weights, _ = jax.vmap(lambda where: weighting.update(losses, weighting.init(), where=where))(left)
+    np.testing.assert_array_equal(weights, left)
+
+
+def test_weights_have_no_slope_in_the_temperature():
+    def first(lam):
+        weighting = absgd_jax.weight_by_absgd(lam)
+        return weighting.update(jnp.arange(4.0), weighting.init())[0][0]
+
+    assert first(1.0) != first(1.1)
+    assert jax.grad(first)(1.0) == 0
+
+
 def test_the_mean_weight_of_a_batch_is_at_most_one_over_gamma():
     weighting = absgd_jax.weight_by_absgd(0.01, gamma=0.2)
     _, state = weighting.update(jnp.zeros(4), weighting.init())

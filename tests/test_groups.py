@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -151,6 +152,28 @@ def test_the_sequences_of_a_group():
 def test_groups_of_any_integers(dtype):
     expected, _ = run(make(-0.5))
     np.testing.assert_array_equal(run(make(-0.5), groups=MEMBERS.astype(dtype))[0], expected)
+
+
+def test_a_group_beyond_32_bits_is_unknown():
+    weighting = absgd_jax.within_groups(absgd_jax.weight_by_absgd(-0.5), 2)
+    weights, _ = weighting.update(jnp.ones(3), weighting.init(), np.array([0, 1, 2**32]))
+    np.testing.assert_array_equal(jnp.isnan(weights), [False, False, True])
+
+
+def test_a_broken_group_breaks_no_other_and_what_is_left_out_weighs_nothing():
+    losses, groups = jnp.array([1.0, 2.0, 3.0, jnp.nan]), jnp.array([0, 0, 1, 1])
+    weighting = make(-0.5)
+    alone, _ = weighting.update(losses[:2], weighting.init(), groups[:2])
+    weights, _ = weighting.update(losses, weighting.init(), groups)
+    np.testing.assert_array_equal(weights, [*alone, np.nan, np.nan])
+    masked, _ = weighting.update(losses, weighting.init(), groups, where=jnp.array([True, True, False, True]))
+    np.testing.assert_array_equal(masked, [*alone, 0, np.nan])
+
+
+def test_a_state_of_groups_is_no_state_of_one():
+    weighting = absgd_jax.weight_by_absgd(-0.5)
+    with pytest.raises(ValueError, match=r"risk has shape \(4,\), a scalar is needed"):
+        weighting.update(jnp.arange(4.0), absgd_jax.within_groups(weighting, 4).init())
 
 
 def test_more_groups_than_their_dtype_has_numbers():

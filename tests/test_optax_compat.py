@@ -680,6 +680,15 @@ def test_updates_need_no_implicit_promotion(dtype):
     assert_allclose(updates["w"].real, 1 / 0.9, rtol=1e-2)
 
 
+def test_float64_and_micro_batches_of_complex_numbers_need_no_implicit_promotion():
+    f = absgd_jax.value_and_grad(lambda w, x: jnp.abs(w * x) ** 2, num_microbatches=2)
+    w, x = jnp.complex64(1 + 2j), jnp.arange(4, dtype=jnp.complex64)
+    expected = jax.grad(lambda w: entropic_risk(jnp.abs(w * x) ** 2, 1.5))(w)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        assert scale_by_absgd(1.0).init({"a": np.ones(2), "b": np.float32(1)}).risk.dtype == np.float64
+        assert_allclose(f(w, x, temperature=1.5)[1], expected, rtol=1e-6)
+
+
 def test_a_state_is_made_without_an_infinity():
     with jax.debug_infs(True):
         for temperature in (1.0, INF, -INF):

@@ -252,6 +252,54 @@ def test_a_risk_taken_beside_its_gradient_is_still_differentiable(temperature, p
     np.testing.assert_allclose(merged, jax.grad(lambda x: plain(x**2))(start), rtol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.8, -0.8, INF])
+def test_beside_its_gradient_a_risk_has_the_slopes_that_it_has_alone(temperature):
+    """A loss beyond the threshold keeps its whole slope, a weight of 0 and the threshold have none."""
+    losses, weights = np.array([0.3, 1.0, 4.0, -3.0, 2.0]), np.array([1.0, 2.0, 3.0, 1.0, 0.0])
+    clipped = {0.8: np.minimum(losses, 2.5), -0.8: np.maximum(losses, 0.5), INF: losses}[temperature]
+    threshold = {0.8: 2.5, -0.8: 0.5, INF: None}[temperature]
+    tilted = weights * np.exp(clipped / temperature)
+    shares = tilted / tilted.sum()
+    risk = np.sum(shares * losses) if temperature == INF else temperature * np.log(tilted.sum() / weights.sum())
+    of_weights = (losses - risk) if temperature == INF else temperature * np.expm1((clipped - risk) / temperature)
+
+    def beside(losses, weights, threshold):
+        return jax.value_and_grad(lambda x: entropic_risk(x, temperature, weights=weights, threshold=threshold))(losses)
+
+    which = (0, 1) if threshold is None else (0, 1, 2)
+    found = jax.grad(lambda *args: beside(*args)[0], which)(jnp.float32(losses), jnp.float32(weights), threshold)
+    np.testing.assert_allclose(found[0], shares, rtol=1e-5)
+    np.testing.assert_allclose(found[1], np.where(weights > 0, of_weights, 0) / weights.sum(), rtol=2e-5, atol=1e-7)
+    assert all(slope == 0 for slope in found[2:])
+    merged = jax.grad(lambda w: merge_risks(jnp.float32(clipped), temperature, weights=w)[0])(jnp.float32(weights))
+    np.testing.assert_allclose(merged, found[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [[0, 1], [1], (0,), -1, None])
+def test_axes_are_given_as_in_a_mean(axis):
+    losses = np.float32(rng.exponential(size=(3, 4)))
+    axes = tuple(axis) if isinstance(axis, list) else axis
+    np.testing.assert_allclose(
+        entropic_risk(losses, 0.7, axis=axis), 0.7 * np.log(np.exp(losses / 0.7).mean(axes)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64, np.int8, bool])
+def test_weights_are_real_numbers_of_any_dtype(dtype):
+    weights = np.array([1, 0, 1]).astype(dtype)
+    np.testing.assert_allclose(entropic_risk(jnp.arange(3.0), INF, weights=weights), 1)
+    with pytest.raises(TypeError, match="weights has dtype complex64: give real numbers"):
+        entropic_risk(jnp.arange(3.0), INF, weights=np.complex64([1, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    "number", [np.full((), np.nan, jnp.bfloat16), np.float32("nan").astype(jnp.bfloat16), np.float16("nan")]
+)
+def test_a_temperature_of_no_number_is_refused_in_every_precision(number):
+    with pytest.raises(ValueError, match=r"temperature=.*nan.*: it must be a number"):
+        entropic_risk(jnp.arange(3.0), number)
+
+
 def test_mixed_second_derivative_at_an_infinite_temperature():
     losses, weights = jnp.float32([0, 1, 4]), jnp.float32([1, 2, 3])
     found = jax.jacobian(jax.grad(lambda w, x: entropic_risk(x, INF, weights=w)), 1)(weights, losses)

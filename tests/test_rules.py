@@ -1,6 +1,7 @@
 """Rules for λ and γ: the one protocol, the fraction that is trusted or focused on, and a user's own."""
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -104,6 +105,63 @@ def test_a_fraction_of_less_than_an_example_is_refused():
     weighting = absgd_jax.weight_by_absgd(focus_fraction(0.2))
     with pytest.raises(ValueError, match=r"log\(4\)"):
         weighting.update(jnp.ones(4), weighting.init())
+
+
+@pytest.mark.parametrize("make", [kl_radius, trust_fraction])
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [(-5, ValueError), (0, ValueError), (float("nan"), ValueError), ("128", TypeError), ([2], TypeError)],
+)
+def test_a_batch_size_is_a_number_of_examples(make, bad, error):
+    with pytest.raises(error, match=f"batch_size={re.escape(repr(bad))}"):
+        make(0.5, batch_size=bad)
+
+
+@pytest.mark.parametrize("handed", [2.0, -2.0])
+@pytest.mark.parametrize(
+    ("rule", "start"),
+    [
+        (kl_radius(0.3), lambda risk: 1.0),
+        (kl_radius(0.3, init=-4.0), lambda risk: -4.0),
+        (trust_fraction(0.6), lambda risk: -10 * risk),
+        (focus_fraction(0.5), lambda risk: 10 * risk),
+    ],
+)
+def test_a_rule_starts_anew_from_a_temperature_of_the_other_sign(handed, rule, start):
+    """A state that a fixed λ has left."""
+    losses = jnp.float32([1, 2, 3, 9])
+    before = absgd_jax.weight_by_absgd(handed)
+    _, state = before.update(losses, before.init())
+    following = absgd_jax.weight_by_absgd(rule)
+    _, state = following.update(losses, state)
+    expected = float(start(state.risk))
+    if np.sign(expected) == np.sign(handed):  # no reason to start anew: one step from the λ that was handed over
+        assert abs(np.log(state.temperature / handed)) < 0.5
+    else:
+        np.testing.assert_allclose(state.temperature, expected, rtol=1e-6)
+
+
+def test_losses_below_zero_start_at_their_distance_from_it():
+    weighting = absgd_jax.weight_by_absgd(trust_fraction(0.6))
+    _, state = weighting.update(-jnp.arange(1.0, 4), weighting.init())
+    np.testing.assert_allclose(state.temperature, -20)
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_a_temperature_that_is_not_a_number_is_not_remembered(rule):
+    """A schedule's batch without a λ is not counted; a rule's λ stays as it was, so that no batch is lost."""
+    broken = 2
+    lam = lambda count: jnp.where(count == broken, jnp.nan, 1.5)  # noqa: E731
+    weighting = absgd_jax.weight_by_absgd(Rule(lambda state, kl: lam(state.count)) if rule else lam)
+    plain = absgd_jax.weight_by_absgd(Rule(lambda state, kl: jnp.float32(1.5)) if rule else 1.5)
+    state, expected = weighting.init(), plain.init()
+    for step in range(5):
+        losses = jnp.float32([1, 2, 3, 9]) + step
+        _, state = weighting.update(losses, state)
+        if rule or step != broken:
+            _, expected = plain.update(losses, expected)
+        np.testing.assert_allclose(state.risk, expected.risk, rtol=1e-6)
+    assert state.temperature == 1.5
 
 
 def test_the_numbers_of_a_rule_may_be_traced_and_mapped():

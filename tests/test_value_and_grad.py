@@ -93,12 +93,11 @@ def with_aux(w, x, y):
     return losses, {"losses": losses, "statistics": {"mean": jnp.mean(x, 0)}, "count": jnp.float32(len(x))}
 
 
-HOW = {"losses": CONCAT, "statistics": MEAN, "count": SUM}
-
-
+@pytest.mark.parametrize("mean", [MEAN, AccumulationType.RUNNING_MEAN])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_aux_leaves_micro_batches_as_it_is_told(k):
-    f = absgd_jax.value_and_grad(with_aux, has_aux=True, num_microbatches=k, aux_accumulator=HOW)
+def test_aux_leaves_micro_batches_as_it_is_told(k, mean):
+    how = {"losses": CONCAT, "statistics": mean, "count": SUM}
+    f = absgd_jax.value_and_grad(with_aux, has_aux=True, num_microbatches=k, aux_accumulator=how)
     (_, aux), _ = jax.jit(f)(W, X, Y, temperature=LAM)
     np.testing.assert_allclose(aux["losses"], square(W, X, Y), rtol=1e-6)
     np.testing.assert_allclose(aux["statistics"]["mean"], X.mean(0), rtol=1e-5, atol=1e-7)
