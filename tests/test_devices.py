@@ -127,15 +127,16 @@ def test_micro_batches_of_a_sharded_batch(optimizer, alone):
 def test_slices_that_explicit_sharding_cannot_spread_are_refused():
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     x, y = jax.device_put((X[0], Y[0]), NamedSharding(mesh, P("data")))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
     risk = absgd_jax.value_and_grad(per_example_loss)(PARAMS, X[0], Y[0], temperature=1.5)[0]
     with jax.set_mesh(mesh):
         f = absgd_jax.value_and_grad(per_example_loss, num_microbatches=BATCH // DEVICES)
-        np.testing.assert_allclose(jax.jit(f)(PARAMS, x, y, temperature=1.5)[0], risk, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(f)(params, x, y, temperature=1.5)[0], risk, rtol=1e-5)
         f = absgd_jax.value_and_grad(per_example_loss, num_microbatches=2 * BATCH // DEVICES)
         with pytest.raises(
             ValueError, match=f"slices of {DEVICES // 2} examples, which {DEVICES} devices do not divide"
         ):
-            f(PARAMS, x, y, temperature=1.5)
+            f(params, x, y, temperature=1.5)
 
 
 def test_weights_over_devices_and_micro_batches():
