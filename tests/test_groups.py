@@ -156,17 +156,17 @@ def test_groups_of_any_integers(dtype):
 
 def test_a_group_beyond_32_bits_is_unknown():
     weighting = absgd_jax.within_groups(absgd_jax.weight_by_absgd(-0.5), 2)
-    weights, _ = weighting.update(jnp.ones(3), weighting.init(), np.array([0, 1, 2**32]))
+    weights, _ = jax.jit(weighting.update)(jnp.ones(3), weighting.init(), np.array([0, 1, 2**32]))
     np.testing.assert_array_equal(jnp.isnan(weights), [False, False, True])
 
 
 def test_a_broken_group_breaks_no_other_and_what_is_left_out_weighs_nothing():
     losses, groups = jnp.array([1.0, 2.0, 3.0, jnp.nan]), jnp.array([0, 0, 1, 1])
-    weighting = make(-0.5)
-    alone, _ = weighting.update(losses[:2], weighting.init(), groups[:2])
-    weights, _ = weighting.update(losses, weighting.init(), groups)
+    update, state = jax.jit(make(-0.5).update), make(-0.5).init()
+    alone, _ = update(losses[:2], state, groups[:2])
+    weights, _ = update(losses, state, groups)
     np.testing.assert_array_equal(weights, [*alone, np.nan, np.nan])
-    masked, _ = weighting.update(losses, weighting.init(), groups, where=jnp.array([True, True, False, True]))
+    masked, _ = update(losses, state, groups, where=jnp.array([True, True, False, True]))
     np.testing.assert_array_equal(masked, [*alone, 0, np.nan])
 
 

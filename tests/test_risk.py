@@ -267,11 +267,13 @@ def test_beside_its_gradient_a_risk_has_the_slopes_that_it_has_alone(temperature
         return jax.value_and_grad(lambda x: entropic_risk(x, temperature, weights=weights, threshold=threshold))(losses)
 
     which = (0, 1) if threshold is None else (0, 1, 2)
-    found = jax.grad(lambda *args: beside(*args)[0], which)(jnp.float32(losses), jnp.float32(weights), threshold)
+    slopes = jax.jit(jax.grad(lambda *args: beside(*args)[0], which))
+    found = slopes(jnp.float32(losses), jnp.float32(weights), threshold)
     np.testing.assert_allclose(found[0], shares, rtol=1e-5)
     np.testing.assert_allclose(found[1], np.where(weights > 0, of_weights, 0) / weights.sum(), rtol=2e-5, atol=1e-7)
     assert all(slope == 0 for slope in found[2:])
-    merged = jax.grad(lambda w: merge_risks(jnp.float32(clipped), temperature, weights=w)[0])(jnp.float32(weights))
+    merged_risk = lambda w: merge_risks(jnp.float32(clipped), temperature, weights=w)[0]  # noqa: E731
+    merged = jax.jit(jax.grad(merged_risk))(jnp.float32(weights))
     np.testing.assert_allclose(merged, found[1], rtol=1e-5)
 
 
