@@ -16,11 +16,11 @@ from sklearn.preprocessing import StandardScaler
 
 from examples.lab.errors import UsageError, UserError
 from examples.lab.noise import symmetric
-from examples.lab.task import NUMBER, Data, Split, Task
+from examples.lab.task import Data, Split, Task
 
 SHIPPED = {"breast-cancer": load_breast_cancer, "digits": load_digits}
 CLASSES = {"adult": 2, "breast-cancer": 2, "digits": 10}
-DATASET = re.compile(rf"({'|'.join(CLASSES)})(?:-sym{NUMBER})?")
+DATASET = re.compile(rf"({'|'.join(CLASSES)})(?:-sym(0?\.[0-9]+))?")
 HIDDEN = (64, 64)  # units
 FEATURES = {"adult": 108, "breast-cancer": 30, "digits": 64}
 URL = "https://archive.ics.uci.edu/dataset/2/adult"

@@ -68,7 +68,7 @@ def test_wrong_labels_are_those_of_training(tmp_path):
 
 @pytest.mark.parametrize("rate", [0, 0.4])
 def test_labels_to_choose_by_are_as_wrong(rate, tmp_path):
-    data = Tabular(dataset=f"breast-cancer-sym{rate}", validation=0.3).load(tmp_path)
+    data = Tabular(dataset=f"breast-cancer-sym{rate}" if rate else "breast-cancer", validation=0.3).load(tmp_path)
     judge = LogisticRegression().fit(data.train.inputs, data.clean)  # right for 97 % of the rows
     assert np.mean(data.train.labels != data.clean) == pytest.approx(rate, abs=0.06)
     assert np.mean(judge.predict(data.validation.inputs) != data.validation.labels) == pytest.approx(rate, abs=0.1)
@@ -87,8 +87,9 @@ def test_one_run_end_to_end_and_bad_options(tmp_path, capsys):
     record = records.read(tmp_path / "out/small/digits/bounded-absgd-ce-t1-c3-epochs10-s0.json")
     assert record["accuracy"] > 85
     assert 1 < max(weight for _, weight in record["by_epoch"]["largest_weight"]) <= 3.1
-    assert cli.main(EXPERIMENT, ["train", "--dataset", "iris", *options]) == 2
-    assert "--dataset iris: choose from adult" in capsys.readouterr().err
+    for bad in ("iris", "adult-sym1.5", "adult-sym", "adult-asym0.2"):
+        assert cli.main(EXPERIMENT, ["train", "--dataset", bad, *options]) == 2
+        assert f"--dataset {bad}: choose from adult" in capsys.readouterr().err
     for option in ("--epochs", "--rate", "--batch-size"):
         assert cli.main(EXPERIMENT, ["train", option, "0", *options]) == 2
     for command in (["train", *options], ["profile"]):
