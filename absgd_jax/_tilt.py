@@ -63,7 +63,7 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
 
     tilted = weights * jnp.exp(exponents)
     normalizer = jnp.where(empty, 1, total(tilted))
-    shares = jnp.where(present, tilted / normalizer, 0)
+    shares = tilted / normalizer
 
     mean = normalizer / weight
     far = mean < 0.5

@@ -56,7 +56,6 @@ WORDS = {  # of the figure; what is missing is shown as it is called
     "imdb-10": "reviews 10 : 1", "adult": "Adult", "breast-cancer": "breast cancer", "digits": "digits, clean",
     "adult-sym0.2": "Adult, 20 % symmetric noise", "adult-sym0.4": "Adult, 40 % symmetric noise",
     "digits-sym0.2": "digits, 20 % symmetric noise", "digits-sym0.4": "digits, 40 % symmetric noise",
-    "breast-cancer-sym0.2": "breast cancer, 20 % noise", "breast-cancer-sym0.4": "breast cancer, 40 % noise",
     "ce": "CE", "ce, one stage": "CE, one stage", "cb-ce": "class-balanced CE", "cb-focal": "class-balanced focal",
     "ldam": "LDAM", "cb-ldam": "class-balanced LDAM",
     "deferred-balanced-softmax": "balanced softmax", "balanced-softmax": "balanced softmax throughout",
