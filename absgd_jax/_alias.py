@@ -67,7 +67,7 @@ def absgd(
     """
     return optax.chain(
         scale_by_absgd(temperature, gamma, max_weight=max_weight, bias_correction=bias_correction),
-        optax.add_decayed_weights(weight_decay) if _is_on(weight_decay) else optax.identity(),
+        _decay(weight_decay),
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -115,11 +115,11 @@ def abadam(
     return optax.chain(
         scale_by_absgd(temperature, gamma, max_weight=max_weight, bias_correction=bias_correction),
         optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay) if _is_on(weight_decay) else optax.identity(),
+        _decay(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _is_on(weight_decay) -> bool:
-    """False only for a concrete 0, so that it costs nothing and needs no parameters."""
-    return concrete(weight_decay) != 0
+def _decay(weight_decay: float) -> optax.GradientTransformation:
+    """Nothing for a concrete 0, so that it costs nothing and needs no parameters."""
+    return optax.identity() if concrete(weight_decay) == 0 else optax.add_decayed_weights(weight_decay)

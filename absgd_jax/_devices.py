@@ -43,8 +43,8 @@ def sum_gradients(grads, params, typed: frozenset, untyped: tuple, sharded):
     copies = jax.lax.psum(1, untyped) if untyped else 1
 
     def total(how, grad, param):
-        split = jax.tree.leaves(tuple(how)) if isinstance(how, PartitionSpec) else untyped if how else ()
-        axes = (*(typed - varying(param)), *(name for name in untyped if name not in split))
+        over = jax.tree.leaves(tuple(how)) if isinstance(how, PartitionSpec) else untyped if how else ()
+        axes = (*(typed - varying(param)), *(name for name in untyped if name not in over))
         grad = jax.lax.psum(grad, axes) if axes else grad
         return grad if copies == 1 else (grad / copies).astype(grad.dtype)
 

@@ -64,10 +64,10 @@ def evaluate(name: str, value: Temperature | Gamma, state: ScaleByAbsgdState, kl
 def check_radius(radius: ArrayLike | None, batch_size: Any) -> None:
     """Raises ValueError if no weighting of ``batch_size`` examples lies ``radius`` from uniform; both must be known."""
     rho, size = concrete(radius), concrete(batch_size)
-    if rho is not None and size is not None and rho >= (math.log(size) if size else 0):
+    if rho is not None and size is not None and rho >= (most := math.log(max(size, 1))):
         raise ValueError(
             f"A KL radius of rho={radius!r} (a fraction of {math.exp(-rho):.3g}) is at or above log(batch size) = "
-            f"log({batch_size}) = {math.log(size) if size else 0:.4g}: no weighting of {batch_size} examples lies that "
+            f"log({batch_size}) = {most:.4g}: no weighting of {batch_size} examples lies that "
             "far from uniform, so λ would shrink for ever. Use a smaller radius (a larger fraction) or a larger batch."
         )
 

@@ -32,15 +32,14 @@ class ScaleByAbsgdState(NamedTuple):
 
     @property
     def threshold(self) -> jax.Array:
-        """The loss of weight ``max_weight``, risk + λ log(max_weight), for :func:`absgd_jax.entropic_risk`."""
-        return threshold(self.risk, self.temperature, self.max_weight)
+        """The loss of weight ``max_weight``, risk + λ log(max_weight), for :func:`absgd_jax.entropic_risk`.
 
-
-def threshold(risk: jax.Array, temperature: jax.Array, max_weight: jax.Array) -> jax.Array:
-    """The loss beyond which weights grow no more; the largest number (for λ < 0 the smallest) if there is no bound."""
-    largest = jnp.copysign(jnp.finfo(risk.dtype).max, temperature)
-    unbounded = is_infinite(max_weight) | is_infinite(temperature)
-    return jnp.where(unbounded, largest, risk + jnp.where(unbounded, 0, temperature) * jnp.log(max_weight))
+        Without a bound it is the largest number, for λ < 0 the smallest.
+        """
+        largest = jnp.copysign(jnp.finfo(self.risk.dtype).max, self.temperature)
+        unbounded = is_infinite(self.max_weight) | is_infinite(self.temperature)
+        lam = jnp.where(unbounded, 0, self.temperature)
+        return jnp.where(unbounded, largest, self.risk + lam * jnp.log(self.max_weight))
 
 
 def keep_finite(value, dtype) -> jax.Array:

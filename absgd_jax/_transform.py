@@ -127,9 +127,8 @@ def scale_by_absgd(
 def _scale(factor: jax.Array, grad: jax.Array) -> jax.Array:
     """The product, in the dtype of the gradient."""
     grad = jnp.asarray(grad)
-    narrow = jnp.issubdtype(grad.dtype, jnp.floating) and jnp.finfo(grad.dtype).bits < 16  # has no product with others
-    with jax.numpy_dtype_promotion("standard"):
-        return (factor * grad.astype(wide(grad.dtype) if narrow else grad.dtype)).astype(grad.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # float64 factors and complex gradients
+        return (factor * grad.astype(wide(grad.dtype))).astype(grad.dtype)
 
 
 def _state_dtype(params: optax.Params) -> jnp.dtype:

@@ -279,19 +279,16 @@ def _find_temperature(state: optax.OptState | None, temperature: ArrayLike | Non
         check_temperature(temperature, zero_allowed=True)
         return jnp.asarray(temperature, jnp.result_type(float)), None
 
-    def injects(node):
-        return not {"temperature", "max_weight"}.isdisjoint(getattr(node, "hyperparams", ()))
+    def injected_by(node):
+        return {k: v for k, v in getattr(node, "hyperparams", {}).items() if k in ("temperature", "max_weight")}
 
-    def is_leaf(node):
-        return isinstance(node, ScaleByAbsgdState) or injects(node)
+    def holders(tree):
+        is_holder = lambda node: isinstance(node, ScaleByAbsgdState) or bool(injected_by(node))  # noqa: E731
+        return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_holder) if is_holder(leaf)]
 
-    found = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_leaf) if is_leaf(leaf)]
-    injected = {}
-    if len(found) == 1 and injects(found[0]):
-        injected = {
-            name: found[0].hyperparams[name] for name in ("temperature", "max_weight") if name in found[0].hyperparams
-        }
-        found = [x for x in jax.tree.leaves(found[0].inner_state, is_leaf=is_leaf) if is_leaf(x)]
+    found, injected = holders(state), {}
+    if len(found) == 1 and (injected := injected_by(found[0])):
+        found = holders(found[0].inner_state)
     if len(found) != 1:
         raise ValueError(
             f"Found {len(found)} temperatures in the optimizer's state, needed one: pass temperature=λ, the one with "

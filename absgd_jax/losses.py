@@ -23,6 +23,7 @@ Losses are computed and returned in float32, those of float64 logits in float64.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,6 @@ def focal(logits: ArrayLike, labels: ArrayLike, *, focusing: float = 2.0) -> jax
     References:
       Lin et al., `Focal Loss for Dense Object Detection <https://arxiv.org/abs/1708.02002>`_, 2017.
     """
-    _validate.check_finite("focusing", focusing, at_least=0)
     return _softmax_loss(*_operands(logits, labels), focusing)
 
 
@@ -86,7 +86,6 @@ def sigmoid_focal(logits: ArrayLike, labels: ArrayLike, *, focusing: float = 2.0
     References:
       Lin et al., `Focal Loss for Dense Object Detection <https://arxiv.org/abs/1708.02002>`_, 2017.
     """
-    _validate.check_finite("focusing", focusing, at_least=0)
     return _sigmoid_loss(logits, labels, focusing=focusing)
 
 
@@ -267,7 +266,7 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     if counts.ndim == 0:
         raise ValueError("class_counts has shape (): give one count per class, shape (..., C).")
     present = counts > 0
-    log_beta = jnp.log1p(_scalar("beta - 1", beta - 1, counts.dtype))
+    log_beta = jnp.log1p(jnp.asarray(beta - 1, counts.dtype))
     effective = -jnp.expm1(jnp.where(present, counts, 1) * log_beta)  # 1 - β^n without cancellation
     weights = jnp.where(present, 1 / effective, 0)
     total = jnp.maximum(jnp.sum(weights, -1, keepdims=True), 1)  # it is at least 1, unless no class occurs
@@ -353,7 +352,8 @@ def _focal(surprise: jax.Array, log_miss: jax.Array, focusing: ArrayLike | None)
     if focusing is None:
         return surprise
     log_miss = jnp.maximum(log_miss, jnp.finfo(log_miss.dtype).min)  # 0 · log 0 = 0
-    return jnp.exp(_scalar("focusing", focusing, log_miss.dtype) * log_miss) * surprise
+    not_negative = partial(_validate.check_finite, at_least=0)
+    return jnp.exp(_scalar("focusing", focusing, log_miss.dtype, not_negative) * log_miss) * surprise
 
 
 def _operands(logits: ArrayLike, labels: ArrayLike, *, soft: bool = True) -> tuple[jax.Array, jax.Array]:

@@ -1,11 +1,11 @@
 """What a result depends on beside its settings: the hardware and the versions."""
 
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import joblib
 
 PACKAGES = ("absgd_jax", "jax", "flax", "optax", "numpy")
 
@@ -18,7 +18,7 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     model = names[0].split(":", 1)[1].strip() if names else platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that it may use
+    cores = joblib.cpu_count()  # that this process may use
     return f"{cores} CPU core{'s' * (cores != 1)} ({model})"
 
 

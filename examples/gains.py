@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from examples import style
-from examples.lab import figures, report
+from examples.lab import report
 from examples.readme import fill
 
 FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "trust": ("D", style.RIVALS[1])}
@@ -67,7 +67,7 @@ def collect(examples: Path) -> Any:
     rows = []
     for folder in sorted(path for path in examples.glob("*/results/*") if any(path.glob("*/*.json"))):
         for _, frame in report.load(folder).groupby("dataset"):
-            runs = figures.at_the_chosen(report.tested(frame), report.chosen(frame))
+            runs = report.at_the_chosen(frame)
             for (method, loss), family in runs.dropna(subset=["gain"]).groupby(["method", "loss"]):
                 form = method.removesuffix("-one-stage")
                 if form in (*FORMS, *RIVALS):

@@ -115,19 +115,6 @@ def test_attention_weights_take_the_temperature_before_and_the_risk_after_the_up
         np.testing.assert_allclose(weights, exponentials / s, rtol=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [float("inf"), float("-inf")])
-def test_infinite_temperature_is_the_mean_gradient(temperature):
-    losses, gradients, w = make_stream(7, np.float32)
-    ours, states = through_gradients(losses, gradients, w, temperature, 0.9, 0.9, 1e-2)
-    params, v = w.astype(np.float64), 0.0
-    for grads in gradients:
-        v = 0.9 * v + grads.mean(0) + 1e-2 * params
-        params = params - LEARNING_RATE * v
-    np.testing.assert_allclose(ours, params, rtol=1e-5)
-    np.testing.assert_allclose(states.risk, losses.mean(1), rtol=1e-6)
-    assert not np.any(states.mass)
-
-
 def test_without_a_temperature_every_weight_is_one_in_a_batch_of_any_size():
     weighting, losses = absgd_jax.weight_by_absgd(float("inf")), 0.1 * jnp.arange(128)
     left = jnp.arange(128) <= jnp.arange(128)[:, None]

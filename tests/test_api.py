@@ -187,12 +187,5 @@ def test_dtypes_that_cannot_be_meant_are_refused(losses, where, message, wrap):
         wrap(weighting.update)(losses, weighting.init(), where=where)
 
 
-def test_a_radius_that_the_batch_cannot_reach_is_refused_where_the_batch_is_seen():
-    weighting = absgd_jax.weight_by_absgd(absgd_jax.kl_radius(2.0))
-    with pytest.raises(ValueError, match=r"rho=2.0.*log\(4\)"):
-        weighting.update(jnp.ones(4), weighting.init())
-    weighting.update(jnp.ones(8), weighting.init())
-
-
 def test_the_values_of_jax_s_arrays_are_never_checked():
     absgd_jax.scale_by_absgd(jnp.array(0.0), jnp.array(2.0))

@@ -139,17 +139,6 @@ def test_slices_that_explicit_sharding_cannot_spread_are_refused():
             f(params, x, y, temperature=1.5)
 
 
-def test_weights_over_devices_and_micro_batches():
-    weights = np.float32(rng.exponential(size=BATCH))
-    plain = absgd_jax.value_and_grad(per_example_loss)(PARAMS, X[0], Y[0], temperature=1.5, weights=weights)
-    split = absgd_jax.value_and_grad(per_example_loss, axis_name="data", num_microbatches=2)
-    over_devices = jax.shard_map(
-        lambda w, x, y, v: split(w, x, y, temperature=1.5, weights=v),
-        mesh=MESH, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P(),
-    )  # fmt: skip
-    assert_same(jax.jit(over_devices)(PARAMS, X[0], Y[0], weights), plain)
-
-
 def test_merge_risks_over_an_axis_is_the_merge_of_the_array():
     risks, weights = np.float32(rng.exponential(size=DEVICES)), np.float32(rng.exponential(size=DEVICES))
     weights[2] = 0

@@ -409,53 +409,6 @@ def test_complex_parameters_have_the_softmax_weighted_gradient():
 # --- in Optax's wrappers ----------------------------------------------------------------------------------------------
 
 
-def test_masked_scales_only_what_it_is_put_on():
-    optimizer, params = optax.masked(scale_by_absgd(2.0, 0.5), {"w": True, "b": False}), zeros()
-    (risk, _), grads = risk_and_grad(params, *regression(), state=optimizer.init(params))
-    updates, _ = optimizer.update(grads, optimizer.init(params), params, value=risk)
-    assert_trees(assert_allclose, updates, {"w": 2 * grads["w"], "b": grads["b"]}, rtol=1e-6)
-
-
-def test_partition_with_one_temperature_needs_no_help():
-    labels = {"w": "robust", "b": "plain"}
-    optimizer = optax.partition({"robust": absgd(0.01, 2.0, momentum=None), "plain": optax.sgd(0.1)}, labels)
-    params = zeros()
-    (risk, _), grads = risk_and_grad(params, *regression(), state=optimizer.init(params))
-    assert_allclose(risk, entropic_risk(losses_of(params, *regression()), 2.0), rtol=1e-6)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params, value=risk)
-    expected = {"w": -0.01 * grads["w"] / 0.9, "b": -0.1 * grads["b"]}
-    assert_trees(assert_allclose, updates, expected, rtol=1e-6)
-
-
-def test_several_temperatures_have_to_be_told_apart():
-    parts = {"w": absgd(0.01, 2.0), "b": absgd(0.02, 3.0)}
-    optimizer, params = optax.partition(parts, {"w": "w", "b": "b"}), zeros()
-    state = optimizer.init(params)
-    with pytest.raises(ValueError, match=r"Found 2 temperatures.*pass temperature=λ"):
-        risk_and_grad(params, *regression(), state=state)
-    with pytest.raises(ValueError, match=r"Found 0 temperatures"):
-        risk_and_grad(params, *regression(), state=optax.adam(0.1).init(params))
-    with pytest.raises(TypeError, match="state=opt_state"):
-        risk_and_grad(params, *regression())
-    (risk, _), grads = risk_and_grad(params, *regression(), state=state, temperature=2.0)
-    updates, _ = optimizer.update(grads, state, params, value=risk)
-    for name, part in parts.items():
-        alone, _ = part.update(grads[name], part.init(params[name]), params[name], value=risk)
-        assert_array_equal(updates[name], alone)
-
-
-def test_named_chain_and_clipping_compose():
-    clip, absgd_ = optax.clip_by_global_norm(0.1), scale_by_absgd(2.0, 0.5)
-    after = optax.named_chain(("absgd", absgd_), ("clip", clip))
-    before = optax.named_chain(("clip", clip), ("absgd", absgd_))
-    params = zeros()
-    (risk, _), grads = risk_and_grad(params, *regression(), state=after.init(params))
-    clipped, state = after.update(grads, after.init(params), params, value=risk)
-    assert_allclose([optax.tree.norm(clipped), state["absgd"].risk], [0.1, risk], rtol=1e-6)
-    doubled, _ = before.update(grads, before.init(params), params, value=risk)
-    assert_allclose(optax.tree.norm(doubled), 0.2, rtol=1e-6)  # the first factor is 1/γ
-
-
 def test_conditionally_skipped_steps_leave_the_state():
     optimizer = optax.conditionally_mask(absgd(0.01, 2.0), lambda step: step % 2 == 0)
     params, state, _ = train(optimizer, 2)
@@ -514,30 +467,6 @@ def test_a_wholly_masked_batch_changes_nothing(temperature, num_microbatches):
             before = state
     assert_trees(assert_array_equal, updated, params)
     assert state == previous._replace(count=2)
-
-
-def test_multi_steps_is_not_the_full_batch_but_microbatches_are():
-    def params_after(optimizer, split, f):
-        params, step = zeros(), compiled(optimizer, f)
-        state = optimizer.init(params)
-        for t in range(3):
-            for x, y in zip(*(np.split(a, split) for a in regression(t, noise=3.0)), strict=True):
-                params, state, _ = step(params, state, x, y)
-        return np.append(*params.values())
-
-    def updates(temperature):
-        optimizer = absgd(0.01, temperature)
-        full = params_after(optimizer, 1, risk_and_grad)
-        in_parts = params_after(optimizer, 1, absgd_jax.value_and_grad(losses_of, with_kl=True, num_microbatches=4))
-        accumulated = params_after(optax.MultiSteps(optimizer, 4), 4, risk_and_grad)
-        return full, in_parts, accumulated
-
-    full, in_parts, accumulated = updates(2.0)
-    assert_allclose(in_parts, full, rtol=1e-5)
-    assert np.max(np.abs(accumulated - full)) > 0.1 * np.max(np.abs(full))
-    full, in_parts, accumulated = updates(INF)  # the difference is not the wrapper's fault
-    assert_allclose(in_parts, full, rtol=1e-5)
-    assert_allclose(accumulated, full, rtol=1e-5)
 
 
 # --- λ = ∞ is momentum SGD --------------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ def _():
     f = absgd_jax.value_and_grad(lambda p, x, y: losses_of(p["robust"], x, y - p["plain"]))
     risk, grads = f(params, X[0], Y[0], state=split.init(params))
     assert_allclose(risk, risk_of(W), rtol=1e-6)
-    split.update(grads, split.init(params), params, value=risk)
+    updates, _ = split.update(grads, split.init(params), params, value=risk)
+    assert_allclose(updates["plain"], -0.02 * grads["plain"], rtol=1e-6)
 
 
 @row("`partition` around, several ABSGD", "no")
@@ -205,7 +206,11 @@ def _():
     split = optax.partition({"a": absgd(0.02, 1.0), "b": absgd(0.02, 3.0)}, {k: k for k in params})
     with pytest.raises(ValueError, match="Found 2 temperatures"):
         f(params, X[0], Y[0], state=split.init(params))
-    f(params, X[0], Y[0], state=split.init(params), temperature=1.0)
+    risk, grads = f(params, X[0], Y[0], state=split.init(params), temperature=1.0)
+    updates, _ = split.update(grads, split.init(params), params, value=risk)
+    for name, lam in (("a", 1.0), ("b", 3.0)):
+        part = absgd(0.02, lam)
+        same(updates[name], part.update(grads[name], part.init(params[name]), params[name], value=risk)[0])
     rates = optax.partition({"a": optax.sgd(0.02), "b": optax.sgd(0.1)}, {k: k for k in params})
     one = optax.chain(scale_by_absgd(LAM), rates)
     risk, grads = f(params, X[0], Y[0], state=one.init(params))

@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn, nnx
 from optax.microbatching import AccumulationType
@@ -339,11 +338,3 @@ def test_no_infinity_is_left_in_what_is_compiled(lam):
             risk, grads = jax.jit(lambda s: f(W, X, Y, state=s))(state)
             updates, state = jax.jit(optimizer.update)(grads, state, W, value=risk)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
-
-
-def test_the_state_s_temperature_is_that_of_injected_hyperparameters_first():
-    optimizer = optax.inject_hyperparams(absgd_jax.absgd)(0.1, temperature=2.0)
-    state = optimizer.init(W)
-    state.hyperparams["temperature"] = jnp.float32(LAM)
-    risk, _ = absgd_jax.value_and_grad(square)(W, X, Y, state=state)
-    np.testing.assert_allclose(risk, literal(square(W, X, Y), LAM), rtol=1e-5)

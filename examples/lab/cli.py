@@ -14,7 +14,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from examples.lab import plan, processes, profile, records, report, search, trainer
+from examples.lab import files, plan, processes, profile, records, report, search, trainer
 from examples.lab.errors import UsageError, UserError, exit_code
 from examples.lab.experiment import Experiment, rivals, tuned, with_seeds
 from examples.lab.recipe import Recipe
@@ -175,7 +175,7 @@ def _train(
         def finished(run, todo=todo, settings=settings):
             for recipe in (recipe for recipe, its in todo.items() if its == run):
                 content = records.record(experiment.name, recipe, run, settings, experiment.command(recipe))
-                processes.by_first(lambda p=paths[recipe], c=content: records.write(p, c))
+                processes.by_first(lambda p=paths[recipe], c=content: files.write_json(p, c))
 
         def title(run, todo=todo):
             ends = next((recipe for recipe, its in todo.items() if its == run), None)
@@ -213,7 +213,7 @@ def _devices(recipes: Sequence[Recipe], machine: Machine) -> int:
 
 
 def _check_finite(paths: Sequence[Path]) -> None:
-    if broken := [str(path) for path in paths if records.diverged(path)]:
+    if broken := [str(path) for path in paths if records.read(path)["diverged"]]:
         raise UserError(f"The loss was not finite in {', '.join(broken)}: lower the rate, or bound the weights.")
 
 

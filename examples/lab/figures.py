@@ -17,9 +17,8 @@ LOWEST = -15.0  # points of a gain; a network that is destroyed loses more, and 
 SHOWN = ("sgd", "absgd", "bounded-absgd", "within-class", "kl-radius", "trust", "focus")
 
 
-def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
-    """Draws what there is something to see of; returns the files."""
-    picked = at_the_chosen(tested, chosen)
+def draw(frame: Any, picked: Any, folder: Path) -> list[Path]:
+    """Draws what there is something to see of, from all records and from the runs at the strength that was chosen."""
     alike = with_the_same_seeds(picked[picked.method.isin(SHOWN)])
     drawn, found = [], {"gains": gains(picked), "training": training(alike), "classes": classes(alike)}
     found["wrong_labels"] = wrong_labels(alike)
@@ -32,12 +31,6 @@ def draw(frame: Any, tested: Any, chosen: Any, folder: Path) -> list[Path]:
             plt.close(figure)
             drawn.append(path)
     return drawn
-
-
-def at_the_chosen(tested: Any, chosen: Any) -> Any:
-    """The runs with the strength that is chosen for their method and loss."""
-    families = zip(tested.method, tested.loss, tested.strength, strict=True)
-    return tested[np.array([chosen.get((method, loss)) == s for method, loss, s in families], bool)]
 
 
 def with_the_same_seeds(runs: Any) -> Any:

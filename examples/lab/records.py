@@ -67,10 +67,6 @@ def record(experiment: str, recipe: Recipe, run: Run, settings: trainer.Settings
     }
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    files.write_json(path, content)
-
-
 def read(path: Path) -> dict[str, Any]:
     """A record, with what was not finite as numbers again."""
     try:
@@ -96,10 +92,6 @@ def is_done(path: Path, recipe: Recipe, run: Run) -> bool:
         differences = ", ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed)
         raise UserError(f"{path} is of a run with other settings ({differences}). Choose another --out, or delete it.")
     return True
-
-
-def diverged(path: Path) -> bool:
-    return read(path)["diverged"]
 
 
 def summary(path: Path) -> str:

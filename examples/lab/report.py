@@ -83,22 +83,25 @@ def chosen(frame: Frame) -> Frame:
     return first.strength.where(only | first.validation_accuracy.notna())
 
 
+def at_the_chosen(frame: Frame) -> Frame:
+    """The runs that were tested, with the strength that is chosen for their method and loss."""
+    runs = tested(frame)
+    choice = chosen(frame).reindex(pd.MultiIndex.from_frame(runs[FAMILY]))
+    return runs[runs.strength == choice.to_numpy()]
+
+
 def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]]) -> Frame:
     """The table of a dataset: a row for each method and loss at the strength that validation chose."""
-    choice, runs, out = chosen(frame), tested(frame), []
-    found = list(dict.fromkeys([*expected, *zip(runs.method, runs.loss, strict=True)]))
-    for method, loss in found:
-        family = runs[(runs.method == method) & (runs.loss == loss)]
-        if family.empty:
-            continue
-        picked = choice.get((method, loss))
-        shown = family[family.strength == picked] if isinstance(picked, str) else family.iloc[:0]
+    runs, picked, out = tested(frame), at_the_chosen(frame), []
+    there = dict.fromkeys(zip(runs.method, runs.loss, strict=True))
+    for method, loss in dict.fromkeys([*(pair for pair in expected if pair in there), *there]):
+        shown = picked[(picked.method == method) & (picked.loss == loss)]
         number = paper.get(f"{method}/{loss}")
         out.append(
             {
                 "method": style.name(method),
                 "loss": loss,
-                "hyper-parameters": picked if len(shown) else "not chosen",
+                "hyper-parameters": shown.strength.iloc[0] if len(shown) else "not chosen",
                 "accuracy": spread(shown.accuracy),
                 "many / medium / few": " / ".join(_mean(shown[name]) for name in ("many", "medium", "few")),
                 "gain over SGD": "" if method == "sgd" else spread(shown.gain, "+.2f"),
@@ -198,7 +201,7 @@ def report(experiment: Experiment, folders: Sequence[Path]) -> None:
             place = folder / str(dataset)
             text = section(experiment, folder.name, str(dataset), frame)
             (place / "table.md").write_text(f"{text}\n\n{legend(experiment)}\n", encoding="utf-8")
-            drawn = figures.draw(frame, tested(frame), chosen(frame), place)
+            drawn = figures.draw(frame, at_the_chosen(frame), place)
             pictures = [f"![{path.stem}]({'/'.join(path.parts[-4:])})" for path in drawn]
             sections.append("\n\n".join([f"### {dataset}, preset {folder.name}", text, *pictures]))
             console.print(f"{place / 'table.md'} and {', '.join(path.name for path in drawn)}")

@@ -380,7 +380,7 @@ def test_a_method_that_was_not_run_says_so(swept, tmp_path):
     for name in names:
         (kept / f"{name}.json").write_text((swept / f"out/tiny/clouds/{name}.json").read_text())
     another = records.read(kept / f"{names[1]}.json") | {"temperature": 50.0}  # and no validation to choose by
-    records.write(kept / "absgd-ce-t50-s0.json", another)
+    files.write_json(kept / "absgd-ce-t50-s0.json", another)
     report.report(EXPERIMENT, [tmp_path / "tiny"])
     text = (kept / "table.md").read_text()
     assert "not chosen" in next(line for line in text.splitlines() if line.startswith("| ABSGD"))
@@ -397,7 +397,7 @@ def test_runs_of_other_settings_are_no_more_seeds_of_a_row(swept, tmp_path):
     for seed in (0, 1):
         content = records.read(swept / f"out/tiny/clouds/sgd-ce-s{seed}.json")
         content["config"] |= {"rate": 0.1 * (1 + seed)}
-        records.write(kept / f"sgd-ce-s{seed}.json", content)
+        files.write_json(kept / f"sgd-ce-s{seed}.json", content)
     with pytest.raises(UserError, match="clouds, sgd, ce, – that differ in more than their seed"):
         report.load(tmp_path / "tiny")
 
@@ -418,7 +418,7 @@ def test_a_run_that_diverged_is_drawn(swept, tmp_path):
             content["by_epoch"]["loss"][-1][1] = content["by_epoch"]["test_accuracy"][-1][1] = math.nan
             content["diverged"] = True
         (tmp_path / "tiny" / "clouds").mkdir(parents=True, exist_ok=True)
-        records.write(tmp_path / "tiny" / "clouds" / path.name, content)
+        files.write_json(tmp_path / "tiny" / "clouds" / path.name, content)
     report.report(EXPERIMENT, [tmp_path / "tiny"])
     assert (tmp_path / "tiny" / "clouds" / "training.png").is_file()
 

@@ -218,13 +218,3 @@ def test_absgd_s_gradient_is_that_of_losses_weighted_by_hand(method, weighting):
     np.testing.assert_allclose(info.aux, path[:, -1])
     uneven = np.ptp(info.weights, axis=1) > 1e-6
     assert uneven[1:].all() if method != Absgd() else not uneven.any()
-
-
-def test_absgd_at_infinity_is_the_gradient_of_the_mean():
-    batches, start = problem(3)
-    params, grads, info = jax.jit(train)(batches, start, Absgd(), 0.02)
-    path = np.concatenate([[np.append(start, 0.0)], flat(params)[:-1]])
-    for t, (w, batch) in enumerate(zip(path, each(batches), strict=True)):
-        values, gradients = losses_and_gradients(w, batch)
-        np.testing.assert_allclose(flat(grads)[t], gradients.mean(axis=0), rtol=1e-5)
-        assert float(info.risk[t]) == pytest.approx(values.mean(), rel=1e-5)
