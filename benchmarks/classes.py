@@ -9,7 +9,6 @@ that ran in the same round.
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from matplotlib.figure import Figure
 from rich.progress import track
 
 from benchmarks.harness import programs
@@ -142,7 +142,7 @@ def markdown(records: list[Record]) -> str:
     return f"{table(rows)}\n\nBatches of {one['batch_size']}, {one['features']} features, ABSGD at λ = 1."
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """Time relative to the bare step against the number of classes."""
     fig, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     for loss, colour in zip(MEASURED, (style.ABSGD, *style.RIVALS), strict=False):
@@ -154,8 +154,7 @@ def figure(records: list[Record], path: Path) -> None:
     axis.set_xlabel("classes")
     axis.set_ylabel(f"time of a step relative to {BARE}")
     axis.legend()
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pooch
 import tyro
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import absgd_jax
@@ -300,7 +301,7 @@ def verdict(found: dict[str, dict[float, list[float]]]) -> str:
     return f"Target, the largest gap of the first below the smallest of SCENT: {'; '.join(sentences)}."
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """The median gap against the epoch, a panel for each λ."""
     fig, axes = plt.subplots(1, len(TEMPERATURES), figsize=(12, 4), layout="constrained")
     names = list(dict.fromkeys(record["method"] for record in records))
@@ -316,8 +317,7 @@ def figure(records: list[Record], path: Path) -> None:
         axis.set_xlabel("epoch")
     axes[0].set_ylabel("F − F*, median over the seeds")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

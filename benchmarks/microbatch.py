@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import absgd_jax
@@ -258,7 +258,7 @@ def markdown(records: list[Record]) -> str:
     )
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """Memory, errors and time against the number of micro-batches."""
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
     for count, of_count in by_devices(records).items():
@@ -282,8 +282,7 @@ def figure(records: list[Record], path: Path) -> None:
         numbers = sorted({record["microbatches"] for record in records})
         axis.set_xticks(numbers, [str(number) for number in numbers])
         axis.minorticks_off()
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

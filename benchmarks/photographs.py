@@ -25,6 +25,7 @@ import numpy as np
 import sklearn.datasets
 import tyro
 from flax import nnx
+from matplotlib.figure import Figure
 from rich.progress import track
 
 from benchmarks.harness.records import Record, publish, table
@@ -168,7 +169,7 @@ def cores_for(record: Record, rate: float) -> float:
     return rate / (record["images_per_second"] / record["cores"])
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """Images/s against the number of cores, carried on as a line."""
     fig, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     last = records[-1]
@@ -188,8 +189,7 @@ def figure(records: list[Record], path: Path) -> None:
     axis.set_xlabel("cores")
     axis.set_ylabel("images/s")
     axis.legend(loc="lower right")
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from benchmarks.harness.names import EPOCH, PUBLISHED, SWEEP
 from benchmarks.harness.records import Record, publish, table
@@ -121,7 +122,7 @@ def of_speed(records: list[Record]) -> str:
     return table(rows) if rows else "Speed: not run."
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """How the parameters part, step by step."""
     fig, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [record for record in records if record["quantity"] == "trajectory"]
@@ -133,8 +134,7 @@ def figure(records: list[Record], path: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("distance / distance moved")
     fig.legend(loc="outside lower center", fontsize="small")
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from benchmarks.harness.records import RESULTS, read
+from examples import style
 from examples.readme import fill
 
 README = Path(__file__).parent / "README.md"
@@ -33,7 +34,7 @@ def section(name: str) -> str:
         versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
         if file != name:
             parts.append(f"#### On {one['hardware']}")
-        module.figure(records, RESULTS / f"{file}.png")
+        style.save(module.figure(records), RESULTS / f"{file}.png")
         parts += [module.markdown(records), f"![{file}](results/{file}.png)"]
         parts.append(f"`{one['command']}` on {one['hardware']}; {versions}.")
     return "\n\n".join(parts)

@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ import mpmath
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 
 import absgd_jax
 from benchmarks.harness.names import OURS, PUBLISHED
@@ -308,7 +308,7 @@ def markdown(records: list[Record]) -> str:
     return f"{table([*rows, row('all', records)])}\n\n{legend} {verdict}"
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """The relative error in each case; what is not finite is drawn at the top."""
     fig, axis = plt.subplots(figsize=(10, 4), layout="constrained")
     names = list(dict.fromkeys(record["case"] for record in records))
@@ -322,8 +322,7 @@ def figure(records: list[Record], path: Path) -> None:
     axis.set_yticks([1e-9, 1e-6, 1e-3, 1, 1e3], ["≤ 1e-9", "1e-6", "1e-3", "1", "not finite"])
     axis.set_ylabel("largest relative error of a weight")
     axis.legend()
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ devices would need.
 import dataclasses
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import tyro
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.progress import Progress
 
@@ -295,7 +295,7 @@ def arithmetic(record: Record) -> str:
     )
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """Images/s above, the time of ABSGD relative to SGD below, against each number that was varied."""
     timed = [record for record in records if "time_ratio" in record]
     names = list(dict.fromkeys(record["sweep"] for record in timed))
@@ -314,8 +314,7 @@ def figure(records: list[Record], path: Path) -> None:
     axes[0][0].set_ylim(0)
     axes[0][0].set_ylabel("images/s")
     axes[1][0].set_ylabel("time of ABSGD / SGD")
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

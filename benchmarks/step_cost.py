@@ -10,7 +10,6 @@ process of its own. Times are ratios to the step of SGD that ran in the same rou
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import tyro
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.progress import Progress
 
@@ -293,7 +293,7 @@ def markdown(records: list[Record]) -> str:
     )
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """Time, FLOPs and bytes relative to SGD, a panel for each model."""
     models = by_model(records)
     fig, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 3.5), layout="constrained", squeeze=False)
@@ -308,8 +308,7 @@ def figure(records: list[Record], path: Path) -> None:
         axis.set_title(model)
         axis.set_xlabel("relative to SGD")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

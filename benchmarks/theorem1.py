@@ -10,7 +10,6 @@ Rate and γ are constants times a power of T, each method's own; the constants a
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 from rich.progress import Progress
 from scipy import stats
 
@@ -159,7 +159,7 @@ def markdown(records: list[Record]) -> str:
     return f"{table(rows)}\n\nSlopes of log mean ‖∇F‖² against log T, with 95 % intervals over the seeds."
 
 
-def figure(records: list[Record], path: Path) -> None:
+def figure(records: list[Record]) -> Figure:
     """Mean over the seeds, on log-log axes."""
     fig, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     looks = zip(("o", "s", "D", "^", "v"), ("-", "--", "-", "-", "-"), strict=True)  # two lie on one another
@@ -173,8 +173,7 @@ def figure(records: list[Record], path: Path) -> None:
     axis.set_xlabel("number of steps T")
     axis.set_ylabel("mean of ‖∇F(w)‖² over the steps")
     axis.legend(fontsize=8)
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

@@ -134,7 +134,5 @@ def draw(axis: Any, place: float, row: Any) -> None:
 if __name__ == "__main__":
     here = Path(__file__).parent
     found = collect(here)
-    drawn = figure(found)
-    drawn.savefig(here / "gains.png")
-    plt.close(drawn)
+    style.save(figure(found), here / "gains.png")
     fill(here.parent / "README.md", table(found))

@@ -1,7 +1,10 @@
 """One style for all figures: SGD grey, ABSGD blue, rivals in other colours that colour-blind eyes tell apart."""
 
+from pathlib import Path
+
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
 SGD, ABSGD, BOUNDED, RIVALS = "#666666", "#0072B2", "#56B4E9", ("#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -15,6 +18,13 @@ plt.rcParams.update(
         "savefig.dpi": 110,
     }
 )
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, and closes it."""
+    figure.savefig(path)
+    plt.close(figure)
+
 
 NAMES = {
     "sgd": "SGD", "absgd": "ABSGD", "bounded-absgd": "ABSGD, bounded", "kl-radius": "ABSGD, KL radius",

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -69,7 +70,7 @@ def balanced_accuracy(params, x, y) -> float:
     return 100 * float(np.mean([np.mean(right[y == c]) for c in (0, 1)]))
 
 
-def figure(x, y, before, steps, path: Path) -> None:
+def figure(x, y, before, steps) -> Figure:
     """One panel a method: the boundary before and after its step, and the examples, as large as they weigh."""
     options = {"layout": "compressed", "gridspec_kw": {"wspace": 0.1}}
     fig, axes = plt.subplots(1, 2, figsize=(7.8, 4.6), sharex=True, sharey=True, **options)
@@ -93,8 +94,7 @@ def figure(x, y, before, steps, path: Path) -> None:
     lines = [Line2D([], [], color="black", ls=ls, label=f"boundary {at}") for ls, at in STYLES]
     moved = Patch(color=COLOURS[1], alpha=0.2, lw=0, label="now classified as minority")
     fig.legend(handles=[*marks, *lines, moved], loc="outside lower center", ncols=4)
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 def main(out: Path = Path("results/toy.png")) -> None:
@@ -106,7 +106,7 @@ def main(out: Path = Path("results/toy.png")) -> None:
     x, y = draw(seed=0)
     before, steps = compare(x, y)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure(x, y, before, steps, out)
+    style.save(figure(x, y, before, steps), out)
     after = " and ".join(f"{balanced_accuracy(p, x, y):.0f} with {name}" for name, (p, _) in steps.items())
     print(f"Balanced accuracy in %: {balanced_accuracy(before, x, y):.0f}, after one step {after}. Wrote {out}.")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
-import examples.style  # noqa: F401  all figures have one style
+from examples import style
 from examples.environment import hardware, versions
 from examples.lab.errors import UserError
 
@@ -45,7 +46,7 @@ def publish(
     name: str,
     measure: Callable[[], Sequence[Record]],
     markdown: Callable[[list[Record]], str],
-    figure: Callable[[list[Record], Path], None],
+    figure: Callable[[list[Record]], Figure],
 ) -> None:
     """Measures, writes the JSON and the plot of a benchmark and prints its table, both drawn from the file.
 
@@ -58,7 +59,7 @@ def publish(
         sys.exit(str(error))
     records = read(of_platform(name), unfinished)
     text = markdown(records)
-    figure(records, plot)
+    style.save(figure(records), plot)
     path = path.replace(RESULTS / path.name)
     print(f"{text}\n\nWrote {path} and {plot}.")
 

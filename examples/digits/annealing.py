@@ -8,17 +8,16 @@ learning rate of every λ is chosen on the noisy validation split, as in the dem
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from examples import style
 from examples.digits import experiment
 from examples.digits.experiment import Method, Setting, noisy_labels, noisy_long_tail
-from examples.environment import hardware, versions
 
 LAST = (-4.0, -2.8, -2.0, -1.4, -1.0, -0.7, -0.5, -0.35)  # λ, or what it goes to
 SEEDS = range(10)
@@ -41,23 +40,13 @@ SETTINGS = (
 
 def main(out: Path = RESULTS, settings=SETTINGS, seeds=SEEDS) -> None:
     """Runs every setting, and writes and draws what it gave."""
-    began = time.perf_counter()
     with Progress(transient=True) as progress:
-        results = [experiment.run(setting, list(seeds), progress) for setting in settings]
-    result = {
-        "command": "python -m examples.digits.annealing",
-        "seconds": round(time.perf_counter() - began, 1),
-        "hardware": hardware(),
-        "versions": versions(),
-        "seeds": list(seeds),
-        "tuning_seeds": list(experiment.TUNING_SEEDS),
-        "settings": results,
-    }
+        result = experiment.run_all(settings, seeds, progress, "python -m examples.digits.annealing")
     (out / "annealing.json").write_text(json.dumps(result, indent=1) + "\n")
-    figure(result, out / "annealing.png")
+    style.save(figure(result), out / "annealing.png")
 
 
-def figure(result: dict[str, Any], path: Path) -> None:
+def figure(result: dict[str, Any]) -> Figure:
     """Accuracy over λ, a panel for every setting."""
     fig, axes = plt.subplots(1, len(result["settings"]), figsize=(10.5, 2.9), layout="constrained", squeeze=False)
     for axis, setting in zip(axes[0], result["settings"], strict=True):
@@ -81,8 +70,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("λ in the end")
     axes[0, 0].set_ylabel("test accuracy in %")
     axes[0, 0].legend(loc="lower left")
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == "__main__":

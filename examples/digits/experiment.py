@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from rich.progress import Progress
 from absgd_jax import kl_radius, trust_fraction, weight_by_absgd, within_groups
 from examples.digits.data import CLASSES, Split, load, long_tail, stream, wrong_labels
 from examples.digits.train import Data, History, train_together
+from examples.environment import hardware, versions
 
 TUNING_SEEDS = range(1000, 1003)
 TOGETHER = 15  # runs in one call, so that tuning and testing share a program
@@ -205,6 +207,21 @@ def every(setting: Setting, method: Method, choices: Sequence[tuple], problems: 
         parts.append(train_together(*stacked, rule=method.rule, sizes=setting.sizes, **schedule))
     shape = len(choices), len(problems)
     return jax.tree.map(lambda *a: np.concatenate(a)[: len(runs)].reshape(*shape, *a[0].shape[1:]), *parts)
+
+
+def run_all(settings: Iterable[Setting], seeds: Sequence[int], progress: Progress, command: str) -> dict[str, Any]:
+    """What the settings gave, and what it depends on."""
+    began = time.perf_counter()
+    results = [run(setting, seeds, progress) for setting in settings]
+    return {
+        "command": command,
+        "seconds": round(time.perf_counter() - began, 1),
+        "hardware": hardware(),
+        "versions": versions(),
+        "seeds": list(seeds),
+        "tuning_seeds": list(TUNING_SEEDS),
+        "settings": results,
+    }
 
 
 def run(setting: Setting, seeds: Sequence[int], progress: Progress) -> dict[str, Any]:

@@ -7,16 +7,15 @@ Writes digits.json and digits.png. About a minute on two CPU cores.
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from examples import style
 from examples.digits import report
-from examples.digits.experiment import SETTINGS, TUNING_SEEDS, run
-from examples.environment import hardware, versions
+from examples.digits.experiment import SETTINGS, run_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +35,12 @@ class Options:
 def main(options: Options, settings=SETTINGS) -> None:
     """Runs the settings one after another and writes what they gave."""
     options.out.mkdir(parents=True, exist_ok=True)
-    console, began, seeds = Console(), time.perf_counter(), list(range(options.seeds))
+    console, seeds = Console(), range(options.seeds)
     columns = (TextColumn("{task.description:<31}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        results = [run(setting, seeds, progress) for setting in settings]
-    result = {
-        "command": f"python -m examples.digits.main --seeds {options.seeds}",
-        "seconds": round(time.perf_counter() - began, 1),
-        "hardware": hardware(),
-        "versions": versions(),
-        "seeds": seeds,
-        "tuning_seeds": list(TUNING_SEEDS),
-        "settings": results,
-    }
+        result = run_all(settings, seeds, progress, f"python -m examples.digits.main --seeds {options.seeds}")
     (options.out / "digits.json").write_text(json.dumps(result, indent=1) + "\n")
-    report.figure(result, options.out / "digits.png")
+    style.save(report.figure(result), options.out / "digits.png")
     for rows in report.tables(result):
         console.print(report.terminal(rows))
     console.print(f"Test accuracy in %, balanced, last pass, mean ± std over {options.seeds} seeds; gain seed by seed.")

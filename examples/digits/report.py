@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -67,7 +68,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, f"{result['seconds']:.0f} s on {result['hardware']}; {versions}."])
 
 
-def figure(result: dict[str, Any], path: Path) -> None:
+def figure(result: dict[str, Any]) -> Figure:
     """Accuracy, accuracy by class and weight: of the stream, of 40 % wrong labels, and of a long tail with them."""
     stream, *noisy, both = result["settings"]
     fig, axes = plt.subplots(3, 3, figsize=(10.5, 7.4), layout="constrained")
@@ -80,8 +81,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         axis.set_yscale("log")
     for axis, label in zip(axes[:, 0], ("test accuracy in %", "test accuracy in %", "relative weight"), strict=True):
         axis.set_ylabel(label)
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
 def _style(name):
@@ -114,5 +114,5 @@ def _while_training(axes, setting, watched):
 if __name__ == "__main__":
     here = Path(__file__).parent
     committed = json.loads((here / "results" / "digits.json").read_text())
-    figure(committed, here / "results" / "digits.png")
+    style.save(figure(committed), here / "results" / "digits.png")
     fill(here / "README.md", markdown(committed))

@@ -27,8 +27,7 @@ def draw(frame: Any, picked: Any, folder: Path) -> list[Path]:
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
         if figure is not None:
-            figure.savefig(path)
-            plt.close(figure)
+            style.save(figure, path)
             drawn.append(path)
     return drawn
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import scipy  # its parts are imported when they are used
@@ -90,9 +89,7 @@ def label(experiment: Experiment, row: Recipe) -> str:
 def _write(folder: Path, space: dict[str, Any], result: list[dict[str, Any]]) -> None:
     files.write_json(folder / "result.json", {"space": space, "result": result})
     if confirmed := [line for line in result if "interval" in line]:
-        figure = figures.differences(confirmed)
-        figure.savefig(folder / "result.png")
-        plt.close(figure)
+        style.save(figures.differences(confirmed), folder / "result.png")
     files.write(folder / "result.md", f"{markdown(result)}\n".encode())
 
 

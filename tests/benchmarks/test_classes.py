@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks import classes
 from benchmarks.harness import programs
 from benchmarks.harness.records import RESULTS, read
+from examples import style
 from examples.lab.config import Stage
 from examples.lab.task import Split
 from examples.lab.train_step import Facts, first_state, train_step
@@ -24,7 +25,7 @@ def test_a_record_for_each_loss_none_of_which_grows_with_the_square_of_the_class
     ratio = next(r for r in records if r["loss"] == "focal")["flops_ratio"]
     (line,) = [line for line in classes.markdown(records).splitlines() if line.startswith("| focal | FLOPs")]
     assert line.endswith(f"{ratio:.2f} |")
-    classes.figure(records, tmp_path / "classes.png")
+    style.save(classes.figure(records), tmp_path / "classes.png")
     assert (tmp_path / "classes.png").stat().st_size > 5000
 
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import microbatch
 from benchmarks.harness import programs
 from benchmarks.microbatch import ROUNDING, TEMPERATURE, Options
+from examples import style
 from examples.lab.errors import UserError
 from tests.reference import entropic_risk
 
@@ -142,7 +143,7 @@ def test_table_and_figure(tmp_path):
     lines = microbatch.markdown(records).splitlines()
     assert "| 1 | 2 | 1.0e-07 | 1.0e-06 | 3.0e-01 | 4.0 | 4.0 | 1.010 (0.990 to 1.030) |" in lines
     assert "| 8 | 4 | 1.0e-07 | 1.0e-06 | 3.0e-01 | 2.0 | – | – |" in lines
-    microbatch.figure(records, tmp_path / "microbatch.png")
+    style.save(microbatch.figure(records), tmp_path / "microbatch.png")
     assert (tmp_path / "microbatch.png").stat().st_size > 0
 
 

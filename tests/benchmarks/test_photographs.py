@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import photographs
 from benchmarks.harness.records import RESULTS, read
+from examples import style
 
 on_linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux alone")
 
@@ -19,7 +20,7 @@ def test_a_core_decodes_photographs(tmp_path):
     assert records[0]["parameters"] == 25_557_032  # torchvision's resnet50
     assert os.sched_getaffinity(0) == allowed
     assert "| 8 A100 | 28,096 |" in photographs.markdown(records)
-    photographs.figure(records, tmp_path / "photographs.png")
+    style.save(photographs.figure(records), tmp_path / "photographs.png")
     assert (tmp_path / "photographs.png").stat().st_size > 5000
 
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import published_package
 from benchmarks.harness.names import EPOCH, PUBLISHED, ROUNDED, STEPWISE
 from benchmarks.published_package import Options
+from examples import style
 from examples.cifar_lt import data
 from examples.lab.task import Split
 from tests.reference import algorithm1
@@ -90,5 +91,5 @@ def test_targets_of_an_accelerator_are_met_or_missed(tmp_path):
     assert "target 3: met" in published_package.markdown([*trajectory(0.0), rate(EPOCH, "gpu", 3.5)])
     assert "Speed: not run." in published_package.markdown(trajectory(0.0))
 
-    published_package.figure(trajectory(1e-12), tmp_path / "published_package.png")
+    style.save(published_package.figure(trajectory(1e-12)), tmp_path / "published_package.png")
     assert (tmp_path / "published_package.png").stat().st_size > 0

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import safety
 from benchmarks.safety import INF, NAN, OURS, PUBLISHED, Case, Options, Truth
+from examples import style
 from tests.reference import algorithm1
 
 CASES = {case.name: case for case in safety.cases(0)}
@@ -154,7 +155,7 @@ def test_records_table_and_figure(monkeypatch, tmp_path):
     records = safety.measure(Options())
     assert len(json.loads(json.dumps(records, allow_nan=False))) == 2 * len(SOME)
     assert "right on all" in safety.markdown(records)
-    safety.figure(records, tmp_path / "safety.png")
+    style.save(safety.figure(records), tmp_path / "safety.png")
     assert (tmp_path / "safety.png").stat().st_size > 0
 
     alone = [record | {"right": False} for record in records if record["method"] == OURS]

@@ -15,6 +15,7 @@ from benchmarks import scaling
 from benchmarks.harness import programs, steps
 from benchmarks.harness.programs import Program
 from benchmarks.scaling import Options, Setting
+from examples import style
 from examples.lab.errors import UserError
 
 SMALL = Options(batch_size=4, rounds=3, memory_gb=1.0)
@@ -208,5 +209,5 @@ def test_the_arithmetic_is_that_of_the_shortest_step():
 
 def test_figure(tmp_path):
     records = [record(), record(batch_size=32), record("runs"), record("devices"), record("devices", devices=2)]
-    scaling.figure([*records, too_large(sweep="runs", runs=2)], tmp_path / "scaling.png")
+    style.save(scaling.figure([*records, too_large(sweep="runs", runs=2)]), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 0

@@ -12,6 +12,7 @@ from benchmarks.harness import programs, steps
 from benchmarks.harness.records import Record
 from benchmarks.harness.steps import DECAY, MOMENTUM, RATE, TEMPERATURE
 from benchmarks.step_cost import DEVICES, METHODS, SPREAD, Options, Problem
+from examples import style
 from tests.reference import algorithm1
 
 STEPS, BATCH = 3, 16
@@ -236,5 +237,5 @@ def test_table_and_figure(tmp_path):
     assert "a step of SGD takes: MLP 50.0 µs; B 50.0 µs." in text
     assert "| ABSGD | 1.0000 | 1.0000 | 1.0000 | 1.010 (0.900 to 1.100) | 0.2 | 16 | 2 (0) |" in text
     assert "| META | 1.0000 | 1.0000 | 1.0000 | 1.000 (0.900 to 1.100) | 0.2 | 16 | – |" in text
-    step_cost.figure(records, tmp_path / "step_cost.png")
+    style.save(step_cost.figure(records), tmp_path / "step_cost.png")
     assert (tmp_path / "step_cost.png").stat().st_size > 0
