@@ -85,7 +85,7 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
         plain = is_infinite(lam)
         past = jnp.where(plain, 0, old * state.mass)
         weights = jnp.stack([past, jnp.where(plain, 1, new)])
-        merged = tilt(jnp.stack([state.risk, value]), lam, weights)
+        merged = tilt(jnp.stack([state.risk, value]), lam, weights, pair=True)
         seen = jnp.isfinite(value) & ~((value == 0) & jnp.signbit(value)) & (merged.weight > 0)
         seen &= ~jnp.isnan(merged.risk)  # as it is if λ is
 

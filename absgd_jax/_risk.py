@@ -13,8 +13,8 @@ from absgd_jax._validate import check_scalar, check_temperature
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _reduce(losses, temperature, weights, threshold, axis: Axis, axis_name: AxisName | None) -> Part:
-    """The batch as a part; its risk is differentiable, what it weighs and its KL divergence are not."""
+def _reduce(losses, temperature, weights, threshold, axis: Axis, axis_name: AxisName | None) -> tuple[jax.Array, Part]:
+    """The batch's risk, which is differentiable, and the batch as a part, of which nothing is."""
     return _reduce_jvp(axis, axis_name, (losses, temperature, weights, threshold), None)[0]
 
 
@@ -23,19 +23,21 @@ def _reduce_jvp(axis, axis_name, primals, tangents):
     losses, temperature, weights, threshold = primals
     clipped = clip_losses(losses, temperature, threshold)
     batch = tilt(clipped, temperature, weights, axis)
-    beyond = jnp.where(clipped == losses, 0, batch.shares)
-    part, share, log_ratio = Part(_with_slopes(axis, batch.risk, beyond, losses), batch.weight, batch.kl), 1, 0
+    part, share, log_ratio = Part(batch.risk, batch.weight, batch.kl), 1, 0
     if axis_name is not None:
         part, share, log_ratio = merge_devices(part, temperature, axis_name)
+
+    def along(x):
+        return x if axis is None or jnp.ndim(x) == 0 else jnp.expand_dims(x, axis)
+
+    beyond = jnp.where(clipped == losses, 0, along(share) * batch.shares)
+    risk = with_slopes(axis, axis_name, part.risk, beyond, losses)
     if tangents is None:
-        return part, None
+        return (risk, part), None
 
     d_losses, d_temperature, d_weights, _ = tangents
     # A padded example may carry any tangent, NaN included.
     d_losses = jnp.where(weights > 0, d_losses, 0)
-
-    def along(x):
-        return x if axis is None or jnp.ndim(x) == 0 else jnp.expand_dims(x, axis)
 
     # ∂R/∂w_i = λ (p̂_i/ŵ_i - 1) / Σ w, whose limit at λ = ∞ is (L_i - R) / Σ w.
     plain = is_infinite(temperature)
@@ -46,24 +48,27 @@ def _reduce_jvp(axis, axis_name, primals, tangents):
     d_risk = d_risk - share * (batch.kl + jnp.where(share == 0, 0, log_ratio)) * d_temperature
     if axis_name is not None:
         d_risk = jax.lax.psum(d_risk, axis_name)
-    return part, Part(d_risk, jnp.zeros_like(part.weight), jnp.zeros_like(part.kl))
+    return (risk, part), (d_risk, jax.tree.map(jnp.zeros_like, part))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _with_slopes(axis: Axis, risk, slopes, losses):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def with_slopes(axis: Axis, axis_name: AxisName | None, risk, slopes, losses):
     """The risk, which beside its gradient can be differentiated again: clipping took the slopes of some losses."""
-    del axis, slopes, losses
+    del axis, axis_name, slopes, losses
     return risk
 
 
-@_with_slopes.defjvp
-def _with_slopes_jvp(axis, primals, tangents):
+@with_slopes.defjvp
+def _with_slopes_jvp(axis, axis_name, primals, tangents):
     (risk, slopes, _), (d_risk, _, d_losses) = primals, tangents
-    return risk, d_risk + jnp.sum(slopes * jnp.where(slopes == 0, 0, d_losses), axis)
+    taken = jnp.sum(slopes * jnp.where(slopes == 0, 0, d_losses), axis)
+    return risk, d_risk + (taken if axis_name is None else jax.lax.psum(taken, axis_name))
 
 
-def reduce(losses, temperature, *, weights=None, where=None, threshold=None, axis=None, axis_name=None) -> Part:
-    """The batch's (or, with ``axis_name``, the global batch's) risk, total weight and KL divergence."""
+def reduce(
+    losses, temperature, *, weights=None, where=None, threshold=None, axis=None, axis_name=None
+) -> tuple[jax.Array, Part]:
+    """The risk of the batch (with ``axis_name`` of the global batch), and what has to be known to merge it."""
     losses, temperature, weights = reduction_inputs(losses, temperature, weights, where)
     axis = tuple(axis) if isinstance(axis, Sequence) else axis  # a list has no hash
     return _reduce(losses, temperature, weights, threshold, axis, axis_name)
@@ -138,4 +143,4 @@ def entropic_risk(
     if threshold is not None:
         check_scalar("threshold", threshold, "Use jax.vmap for several thresholds.")
     options = {"weights": weights, "where": where, "threshold": threshold, "axis": axis, "axis_name": axis_name}
-    return reduce(losses, temperature, **options).risk
+    return reduce(losses, temperature, **options)[0]

@@ -1,7 +1,7 @@
 """Exponential tilting: the one numerical kernel, which reduces a batch, merges its parts and averages over time."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +27,32 @@ def is_infinite(temperature: jax.Array) -> jax.Array:
     return jnp.abs(temperature) >= jnp.finfo(temperature.dtype).max
 
 
-def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Axis = None) -> Tilt:
+def tilt(
+    values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Axis = None, *, pair: bool = False
+) -> Tilt:
     """Tilts ``values`` by exp(values/λ) under ``weights``; a value of weight 0 is left out, whatever it is.
 
     Exponents are taken relative to an anchor, which cancels: the largest one (so that nothing overflows) or, where λ
     exceeds the spread of the values, their mean (so that nothing cancels; at λ = ∞ the mean itself is the risk). The
     logarithm of the mean is then ``log`` far from 0 and ``log1p`` of a mean of ``expm1`` near it.
+
+    A ``pair``, such as the past and a batch, is reduced by one operation on its two numbers: it fuses with what is
+    around it, where each reduction is a kernel of its own.
     """
     present = weights > 0
     weights = jnp.where(weights == 0, 0, weights)  # what is left out has no derivative either
     values = jnp.where(present, values, 0)
 
+    def reduce(operation, x, **options):
+        return operation(*x) if pair else operation.reduce(x, axis=axis, keepdims=axis is not None, **options)
+
     def total(x):
-        return _reduce(jnp.add, x, axis)
+        return reduce(jnp.add, x)
 
     def largest(x):
-        return _reduce(jnp.maximum, jnp.where(present, x, -jnp.inf), axis, initial=-jnp.inf)
+        return reduce(jnp.maximum, jnp.where(present, x, -jnp.inf), initial=-jnp.inf)
 
-    empty = jnp.logical_not(_reduce(jnp.logical_or, present, axis))
+    empty = jnp.logical_not(reduce(jnp.logical_or, present))
     weight = jnp.where(empty, 1, total(weights))
     top, bottom = largest(values), -largest(-values)
     extreme = jnp.where(temperature < 0, bottom, top)
@@ -82,17 +90,6 @@ def tilt(values: jax.Array, temperature: jax.Array, weights: jax.Array, axis: Ax
         kl=jnp.squeeze(kl, axis),
         weight=jnp.squeeze(total(weights), axis),
     )
-
-
-def _reduce(operation: Any, x: jax.Array, axis: Axis, **options: Any) -> jax.Array:
-    """A reduction to a number, or one that keeps the axes that are named.
-
-    That of a pair, such as the past and a batch, is written out: it fuses with what is around it, where each reduction
-    is a kernel of its own.
-    """
-    if axis is None and x.shape == (2,):
-        return operation(*x)
-    return operation.reduce(x, axis=axis, keepdims=axis is not None, **options)
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:

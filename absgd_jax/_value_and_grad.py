@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 from optax.microbatching import AccumulationType
 
 from absgd_jax import _devices
-from absgd_jax._merge import AxisName, Part, merge_parts
+from absgd_jax._merge import AxisName, merge_parts
 from absgd_jax._recursion import settle
-from absgd_jax._risk import reduce
+from absgd_jax._risk import reduce, with_slopes
 from absgd_jax._state import ScaleByAbsgdState, keep_finite
 from absgd_jax._tilt import wide
 from absgd_jax._validate import check_not_negative, check_temperature
@@ -115,17 +115,17 @@ def value_and_grad(
             args, where, weights = batch
             losses, aux = _losses_and_aux(per_example_loss(params, *args, **kwargs), has_aux)
             options = {"weights": weights, "where": where, "threshold": limit, "axis_name": axis_name}
-            part = reduce(losses, temperature, **options)
-            return part.risk, (part, aux)
+            risk, part = reduce(losses, temperature, **options)
+            return risk, (part, aux)
 
         def part_and_grads(params, batch, kwargs):
-            (_, (part, aux)), grads = jax.value_and_grad(risk_of, has_aux=True)(params, batch, kwargs)
-            return part, grads, aux
+            (risk, (part, aux)), grads = jax.value_and_grad(risk_of, has_aux=True)(params, batch, kwargs)
+            return (risk, part), grads, aux
 
         batch = (args, own.get("where"), own.get("weights"))
         typed, untyped = _devices.split(axis_name)
         if num_microbatches == 1:
-            part, grads, aux = part_and_grads(_devices.make_varying(params, typed), batch, kwargs)
+            (risk, part), grads, aux = part_and_grads(_devices.make_varying(params, typed), batch, kwargs)
         else:
             if own.get("weights") is not None:
                 check_not_negative("weights", own["weights"])  # before they are sliced, which makes them JAX arrays
@@ -134,11 +134,11 @@ def value_and_grad(
             typed |= _devices.varying(jnp.zeros_like(risk))  # each device has shares of its own
             local = _devices.make_varying(params, typed)
             part_at = lambda i: part_and_grads(local, *slice_at(i))  # noqa: E731
-            part, grads, aux = _merge_slices(part_at, num_microbatches, temperature)
+            (risk, part), grads, aux = _merge_slices(part_at, num_microbatches, temperature)
             grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
             aux = _leave(aux_accumulator, aux, examples)
         grads = _devices.sum_gradients(grads, params, typed, untyped, sharded)
-        value = (part.risk, part.kl) if with_kl else part.risk
+        value = (risk, part.kl) if with_kl else risk
         return ((value, aux) if has_aux else value), grads
 
     return f
@@ -197,18 +197,18 @@ def _merge_slices(part_at, k: int, temperature):
     """Merges the parts of the slices one after another, in the memory of one slice and one more gradient."""
 
     def body(past, i):
-        part, grads, aux = part_at(i)
-        pair = jax.tree.map(lambda *x: jnp.stack(x), past[0], part)
-        merged, between = merge_parts(Part(*pair), temperature.astype(part.risk.dtype))
+        new, grads, aux = part_at(i)
+        risks, parts = jax.tree.map(lambda *x: jnp.stack(x), past[0], new)
+        merged, between = merge_parts(parts, temperature.astype(risks.dtype))
+        risk = with_slopes(None, None, merged.risk, between.shares, risks - parts.risk)
         a, b = between.shares
         with jax.numpy_dtype_promotion("standard"):  # the shares are real where gradients are complex
             total = jax.tree.map(lambda g, h: (a * g + b * h.astype(g.dtype)).astype(g.dtype), past[1], grads)
-        return (merged, total), aux
+        return ((risk, merged), total), aux
 
-    part, grads, _ = jax.eval_shape(part_at, 0)  # with types, so that the sums are sharded and vary as the parts do
-    nothing = jax.tree.map(_nothing_like, (part, grads))
-    (part, grads), aux = jax.lax.scan(body, nothing, jnp.arange(k))
-    return part, grads, aux
+    *sums, _ = jax.eval_shape(part_at, 0)  # with types, so that the sums are sharded and vary as the parts do
+    (whole, grads), aux = jax.lax.scan(body, jax.tree.map(_nothing_like, tuple(sums)), jnp.arange(k))
+    return whole, grads, aux
 
 
 def _nothing_like(x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -23,7 +23,6 @@ Losses are computed and returned in float32, those of float64 logits in float64.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +57,7 @@ def focal(logits: ArrayLike, labels: ArrayLike, *, focusing: float = 2.0) -> jax
     References:
       Lin et al., `Focal Loss for Dense Object Detection <https://arxiv.org/abs/1708.02002>`_, 2017.
     """
+    _validate.check_finite("focusing", focusing, at_least=0)
     return _softmax_loss(*_operands(logits, labels), focusing)
 
 
@@ -86,6 +86,7 @@ def sigmoid_focal(logits: ArrayLike, labels: ArrayLike, *, focusing: float = 2.0
     References:
       Lin et al., `Focal Loss for Dense Object Detection <https://arxiv.org/abs/1708.02002>`_, 2017.
     """
+    _validate.check_finite("focusing", focusing, at_least=0)
     return _sigmoid_loss(logits, labels, focusing=focusing)
 
 
@@ -352,8 +353,7 @@ def _focal(surprise: jax.Array, log_miss: jax.Array, focusing: ArrayLike | None)
     if focusing is None:
         return surprise
     log_miss = jnp.maximum(log_miss, jnp.finfo(log_miss.dtype).min)  # 0 · log 0 = 0
-    not_negative = partial(_validate.check_finite, at_least=0)
-    return jnp.exp(_scalar("focusing", focusing, log_miss.dtype, not_negative) * log_miss) * surprise
+    return jnp.exp(_scalar("focusing", focusing, log_miss.dtype) * log_miss) * surprise
 
 
 def _operands(logits: ArrayLike, labels: ArrayLike, *, soft: bool = True) -> tuple[jax.Array, jax.Array]:

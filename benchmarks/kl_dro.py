@@ -21,6 +21,8 @@ import pooch
 import tyro
 from matplotlib.figure import Figure
 from rich.progress import Progress
+from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax
 
 import absgd_jax
 from benchmarks.harness.records import Record, publish, table
@@ -157,29 +159,27 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def objective(w: np.ndarray, x: np.ndarray, y: np.ndarray, temperature: float) -> float:
     """F_λ in float64."""
-    exponents = (x @ w - y) ** 2 / temperature
-    largest = exponents.max()
-    return float(temperature * (largest + np.log(np.mean(np.exp(exponents - largest)))))
+    return float(temperature * (logsumexp((x @ w - y) ** 2 / temperature) - np.log(len(y))))
 
 
 def optimum(x: np.ndarray, y: np.ndarray, temperature: float) -> float:
-    """F* by Newton's method with a line search."""
-    w = np.linalg.lstsq(x, y)[0]
-    for _ in range(500):
+    """F* by Newton's method in a trust region: the Hessian is singular where one example has all the weight."""
+
+    def tilted(w):
         residuals = x @ w - y
-        p = np.exp((residuals**2 - (residuals**2).max()) / temperature)
-        p /= p.sum()
-        each = 2 * residuals[:, None] * x
-        gradient = p @ each
-        hessian = 2 * (x.T * p) @ x + ((each.T * p) @ each - np.outer(gradient, gradient)) / temperature
-        direction = np.linalg.lstsq(hessian, gradient)[0]  # singular where one example has all the weight
-        slope, size, here = gradient @ direction, 1.0, objective(w, x, y, temperature)
-        if slope < 1e-14:
-            break
-        while objective(w - size * direction, x, y, temperature) > here - 1e-4 * size * slope and size > 1e-12:
-            size /= 2
-        w = w - size * direction
-    return objective(w, x, y, temperature)
+        return softmax(residuals**2 / temperature), 2 * residuals[:, None] * x
+
+    def gradient(w):
+        p, each = tilted(w)
+        return p @ each
+
+    def hessian(w):
+        p, each = tilted(w)
+        mean = p @ each
+        return 2 * (x.T * p) @ x + ((each.T * p) @ each - np.outer(mean, mean)) / temperature
+
+    newton = {"method": "trust-exact", "jac": gradient, "hess": hessian, "options": {"gtol": 1e-8, "maxiter": 2000}}
+    return float(minimize(lambda w: objective(w, x, y, temperature), np.linalg.lstsq(x, y)[0], **newton).fun)
 
 
 def train(method: Method, x: jax.Array, y: jax.Array, start: jax.Array, run: Run) -> jax.Array:

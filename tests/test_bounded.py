@@ -107,6 +107,33 @@ def test_devices_merge_exactly(float64):
         there, here = update(g, there, risk), update(expected[1], here, expected[0])
 
 
+@pytest.mark.parametrize("lam", [0.9, -0.7])
+@pytest.mark.parametrize("how", ["whole", "micro-batches", "devices"])
+def test_the_gradient_of_a_batch_in_parts_is_differentiated_as_that_of_the_whole(float64, how, lam):
+    x, y = rng.normal(size=(8, 2)), rng.normal(size=8)
+    state = absgd_jax.ScaleByAbsgdState(jnp.int32(1), *jnp.array([1.0, lam, 0.9, 2.0]))
+
+    def risk_and_gradient(w, x, y):
+        options = {"micro-batches": {"num_microbatches": 4}, "devices": {"axis_name": "data"}}.get(how, {})
+        f = absgd_jax.value_and_grad(lambda w, x, y: (x @ w - y) ** 2, **options)
+        return f(w, x, y, state=state)
+
+    if how == "devices":
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        risk_and_gradient = jax.shard_map(
+            risk_and_gradient, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P()
+        )
+    f = jax.jit(lambda w: risk_and_gradient(w, x, y))
+    w = np.array([0.5, -0.3])
+    losses = (x @ w - y) ** 2
+    assert 1 <= np.sum(np.sign(lam) * (losses - state.threshold) > 0) <= 7
+    steps = 1e-6 * np.eye(2)
+    numeric = np.stack([(f(w + d)[1] - f(w - d)[1]) / 2e-6 for d in steps], axis=1)
+    np.testing.assert_allclose(jax.jacfwd(lambda w: f(w)[1])(w), numeric, rtol=1e-6)
+    np.testing.assert_allclose(jax.jacrev(lambda w: f(w)[1])(w), numeric, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda w: f(w)[0])(w), f(w)[1], rtol=1e-12)
+
+
 @pytest.mark.parametrize("lam", [1.0, -1.0])
 def test_without_a_bound_it_is_algorithm_1_bit_for_bit(lam):
     plain, _ = factors(absgd_jax.scale_by_absgd(lam, 0.5))

@@ -275,6 +275,15 @@ def test_shardings_in_types_are_understood(microbatches):
     assert_same(actual, alone)
 
 
+def test_two_losses_whose_type_is_sharded_are_a_batch():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        losses = jax.device_put(jnp.array([1.0, 2.0]), NamedSharding(mesh, P("x")))
+        risk, shares = jax.jit(jax.value_and_grad(absgd_jax.entropic_risk))(losses, 1.0)
+    np.testing.assert_allclose(risk, np.log((np.e + np.e**2) / 2), rtol=1e-6)
+    np.testing.assert_allclose(shares, [1 / (1 + np.e), np.e / (1 + np.e)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_batch_masked_on_every_device_changes_nothing(microbatches):
     optimizer = absgd_jax.scale_by_absgd(absgd_jax.kl_radius(0.7))

@@ -8,23 +8,20 @@ STD = (0.2023, 0.1994, 0.2010)
 SIZE = 32
 
 
-def pad(images: jax.Array, pixels: int, mode: str = "constant") -> jax.Array:
-    """Images (N, 32, 32, 3) with a frame of ``pixels`` on each side; ``mode`` is that of jnp.pad."""
-    return jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode=mode)
-
-
-def crop_and_flip(framed: jax.Array, key: jax.Array, pixels: int) -> jax.Array:
-    """A random crop, mirrored half of the time, of each image, in one gather.
+def crop_and_flip(images: jax.Array, key: jax.Array, pixels: int, mode: str = "constant") -> jax.Array:
+    """A random crop of each padded image, mirrored half of the time, in one gather.
 
     Args:
-      framed: images with their frames, shape (B, 32 + 2 pixels, 32 + 2 pixels, 3).
+      images: shape (B, 32, 32, 3).
       key: the random key.
-      pixels: the width of the frame.
+      pixels: the width of the padding.
+      mode: of the padding, as of jnp.pad.
 
     Returns:
       Images, shape (B, 32, 32, 3).
     """
-    size = len(framed)
+    size = len(images)
+    framed = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode=mode)
     corner_key, flip_key = jax.random.split(key)
     top, left = jax.random.randint(corner_key, (2, size, 1), 0, 2 * pixels + 1)
     flip = jax.random.bernoulli(flip_key, shape=(size, 1))

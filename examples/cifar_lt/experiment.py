@@ -72,14 +72,10 @@ class CifarRecipe(Recipe):
 
 def make_run(recipe: CifarRecipe) -> Run:
     """The paper's two stages, or those of the shallow network."""
-    stages = two_stages(
-        recipe,
-        _lines(recipe),
-        second_rate=recipe.second_rate,
-        nesterov=recipe.network == "shallow",
-        rate_by_epoch=recipe.network != "shallow",
-    )
     shallow = recipe.network == "shallow"
+    stages = two_stages(
+        recipe, _lines(recipe), second_rate=recipe.second_rate, nesterov=shallow, rate_by_epoch=not shallow
+    )
     task = recipe.make_task(Cifar, network_name=recipe.network, shift=2 if shallow else 4, flipped_test=shallow)
     task.parsed  # noqa: B018  a name that is wrong is found before anything is trained
     return Run(task=task, seed=recipe.seed, stages=stages)

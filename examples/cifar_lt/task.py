@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples.cifar_lt import noise
-from examples.cifar_lt.augment import crop_and_flip, normalise, pad
+from examples.cifar_lt.augment import crop_and_flip, normalise
 from examples.cifar_lt.data import load
 from examples.cifar_lt.imbalance import class_counts, subset
 from examples.cifar_lt.models import ResNet, Shallow, whitening_kernel
@@ -114,8 +114,7 @@ class Cifar(Task):
         return normalise(inputs)
 
     def augment(self, inputs, key):
-        frame = pad(inputs, self.shift, "reflect" if self.network_name == "shallow" else "constant")
-        return crop_and_flip(frame, key, self.shift)
+        return crop_and_flip(inputs, key, self.shift, "reflect" if self.network_name == "shallow" else "constant")
 
     def predict(self, module, inputs):
         logits = module(inputs, train=False)

@@ -134,10 +134,8 @@ class Photographs(Task):
         mean = jnp.array(KERAS_MEAN if self.keras else MEAN)
         return (inputs.astype(jnp.float32) / 255 - mean) / jnp.array(STD)
 
-    def part(self, path):
-        if path[0] == "classifier":
-            return 2
-        return 1 if path[0] == "stage" else 0
+    def part(self, module):
+        return {"classifier": 2, "stage": 1}.get(module, 0)
 
 
 def _rows(split: Split, rows: np.ndarray) -> Split:

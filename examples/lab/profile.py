@@ -12,7 +12,7 @@ import pandas as pd
 
 from examples.lab import trainer
 from examples.lab.config import Run
-from examples.lab.input_pipeline import stream
+from examples.lab.input_pipeline import stream, take
 from examples.lab.methods import Batch
 from examples.lab.task import Split, Task
 from examples.lab.train_step import Facts, augmented, first_state, losses_of, train_step
@@ -42,7 +42,7 @@ def profile(run: Run, data_dir: Path) -> str:
     matrix = jnp.ones((SIZE, SIZE))
 
     def batch(state, whole):
-        return augmented(task, jax.tree.map(lambda x: x[indices], whole), jax.random.wrap_key_data(state.key))
+        return augmented(task, take(whole, indices), jax.random.wrap_key_data(state.key))
 
     def forward(state, whole):
         seen = batch(state, whole)
@@ -53,8 +53,9 @@ def profile(run: Run, data_dir: Path) -> str:
         return jax.grad(lambda params: jnp.mean(forward(state._replace(params=params), whole)))(state.params)
 
     def step(state, whole):
-        raw = jax.tree.map(lambda x: x[indices], whole)
-        return train_step(task, stage, state, raw, indices, held if stage.method.needs_held_out else None, facts)
+        return train_step(
+            task, stage, state, take(whole, indices), indices, held if stage.method.needs_held_out else None, facts
+        )
 
     parts = {"batch": batch, "and losses": forward, "and gradient of their mean": sgd, "whole step": step}
     programs = {name: jax.jit(part).lower(state, whole).compile() for name, part in parts.items()}

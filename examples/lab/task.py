@@ -79,9 +79,9 @@ class Task(abc.ABC):
         """Logits for the test."""
         return module(inputs, train=False)
 
-    def part(self, path: tuple[str, ...]) -> int:
-        """Where in ``PARTS`` a parameter belongs; a stage trains from a part on."""
-        return len(self.PARTS) - 1 if path[0] == "classifier" else 0
+    def part(self, module: str) -> int:
+        """Where in ``PARTS`` a module of the network belongs; a stage trains from a part on."""
+        return len(self.PARTS) - 1 if module == "classifier" else 0
 
     PARTS = ("all", "classifier")
 

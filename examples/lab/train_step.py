@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.tree_util import keystr
 
 import absgd_jax
 from examples.lab.config import Stage
@@ -116,13 +117,8 @@ def train_step(
 def frozen(task: Task, stage: Stage, params: Any, freeze: Callable[[jax.Array], jax.Array]) -> Any:
     """A pytree like the parameters, changed by ``freeze`` in the parts that a stage does not train."""
     first = task.PARTS.index(stage.trained)
-    keep = lambda path, x: x if task.part(names(path)) >= first else freeze(x)  # noqa: E731
+    keep = lambda path, x: x if task.part(keystr(path[:1], simple=True)) >= first else freeze(x)  # noqa: E731
     return jax.tree_util.tree_map_with_path(keep, params)
-
-
-def names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names along a path into a pytree."""
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def losses_of(task: Task, stage: Stage, rest: Any, counts: jax.Array):

@@ -14,7 +14,7 @@ def test_slopes_of_power_laws_are_found():
 
 
 @pytest.mark.parametrize("method", list(theorem1.METHODS))
-def test_the_gradients_are_those_of_the_method(method):
+def test_every_method_starts_alike_and_stays_finite(method):
     # With no step taken all methods see the gradient at the same start.
     one = theorem1.mean_squared_gradient(method, jnp.int32(1), jnp.int32(3))
     assert float(one) == pytest.approx(float(theorem1.mean_squared_gradient("SCGD", jnp.int32(1), jnp.int32(3))))
