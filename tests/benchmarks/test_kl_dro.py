@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
 from benchmarks import kl_dro
@@ -102,9 +103,8 @@ def test_seeds_share_their_batches_and_nothing_else(monkeypatch):
 
 def test_a_table_that_cannot_be_drawn_replaces_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    draw = lambda found, path: path.write_bytes(b"")  # noqa: E731
-    records.publish("a", lambda: [{"seed": 1}], lambda found: "", draw)
+    records.publish("a", lambda: [{"seed": 1}], lambda found: "", lambda found: Figure())
     with pytest.raises(IndexError):
-        records.publish("a", lambda: [{"seed": 2}], lambda found: found[1]["seed"], draw)
+        records.publish("a", lambda: [{"seed": 2}], lambda found: found[1]["seed"], lambda found: Figure())
     assert [record["seed"] for record in records.read("a", tmp_path)] == [1]
     assert [record["seed"] for record in records.read("a", tmp_path / "unfinished")] == [2]
