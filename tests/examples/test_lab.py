@@ -76,7 +76,7 @@ WAYS = {
     "bounded": second(Absgd(1.0, max_weight=3.0)),
     "negative": second(Absgd(-2.0)),
     "KL radius": second(Absgd(kl_radius=0.5)),
-    "trust": second(Absgd(trust=0.7)),
+    "trust": second(Absgd(trusted=0.7)),
     "focus": second(Absgd(focus=0.5)),
     "within class": second(WithinClass(1.0, 0.1)),
     "annealed": second(Absgd(Annealed(-4.0, -1.0, 4))),

@@ -198,7 +198,7 @@ def test_runs_can_be_vectorised():
         (Absgd(1.0, max_weight=1.5), absgd_jax.weight_by_absgd(1.0, max_weight=1.5)),
         (Absgd(-1.0, max_weight=1.5), absgd_jax.weight_by_absgd(-1.0, max_weight=1.5)),
         (Absgd(kl_radius=0.7), absgd_jax.weight_by_absgd(absgd_jax.focus_fraction(math.exp(-0.7)))),
-        (Absgd(trust=0.6), absgd_jax.weight_by_absgd(absgd_jax.trust_fraction(0.6))),
+        (Absgd(trusted=0.6), absgd_jax.weight_by_absgd(absgd_jax.trust_fraction(0.6))),
         (Absgd(focus=0.6), absgd_jax.weight_by_absgd(absgd_jax.focus_fraction(0.6))),
     ],
 )

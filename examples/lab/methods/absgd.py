@@ -15,11 +15,11 @@ from examples.lab.methods import Annealed, Info
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Absgd:
-    """One of ``temperature``, ``kl_radius``, ``trust`` and ``focus`` says how uneven the weights are."""
+    """One of ``temperature``, ``kl_radius``, ``trusted`` and ``focus`` says how uneven the weights are."""
 
     temperature: float | Annealed = math.inf  # λ, in units of loss
     kl_radius: float | None = None  # ρ in nats; λ > 0 starts at 10 times the mean loss
-    trust: float | None = None  # the fraction to trust
+    trusted: float | None = None  # the fraction to trust
     focus: float | None = None  # the fraction to focus on
     gamma: float = 0.9
     log_alpha: float | None = None  # of SCENT's rule, in place of γ
@@ -31,8 +31,8 @@ class Absgd:
         temperature: Any = self.temperature
         if self.kl_radius is not None:
             temperature = absgd_jax.focus_fraction(jnp.exp(-jnp.asarray(self.kl_radius)))
-        if self.trust is not None:
-            temperature = absgd_jax.trust_fraction(self.trust)
+        if self.trusted is not None:
+            temperature = absgd_jax.trust_fraction(self.trusted)
         if self.focus is not None:
             temperature = absgd_jax.focus_fraction(self.focus)
         gamma: Any = self.gamma if self.log_alpha is None else absgd_jax.adaptive_gamma(self.log_alpha)
@@ -68,6 +68,6 @@ BY_NAME = {
         recipe.temperature, log_alpha=recipe.log_alpha, max_weight=recipe.max_weight
     ),
     "kl-radius": lambda recipe: Absgd(kl_radius=recipe.kl_radius, gamma=recipe.gamma, max_weight=recipe.max_weight),
-    "trust": lambda recipe: Absgd(trust=recipe.fraction, gamma=recipe.gamma, max_weight=recipe.max_weight),
+    "trust": lambda recipe: Absgd(trusted=recipe.fraction, gamma=recipe.gamma, max_weight=recipe.max_weight),
     "focus": lambda recipe: Absgd(focus=recipe.fraction, gamma=recipe.gamma, max_weight=recipe.max_weight),
 }
