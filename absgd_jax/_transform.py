@@ -67,7 +67,8 @@ def scale_by_absgd(
         end at 0: the past then stays as it is), or a rule such as :func:`absgd_jax.adaptive_gamma`. 1 is the mini-batch
         softmax.
       max_weight: c > 1, a number or an array; inf is Algorithm 1. The batch must be reduced with the state's threshold:
-        ``value_and_grad(..., state=)`` does so; in your own loss pass it to :func:`absgd_jax.entropic_risk`.
+        ``value_and_grad(..., state=)`` does so; in your own loss pass it to :func:`absgd_jax.entropic_risk`. The
+        threshold carries no gradient, so a bounded run has no true derivative by λ or c.
       bias_correction: False is the paper's s_0 = 0, so that the first batches weigh 1/γ; True divides s_t by
         1 - (1 - γ)^t, as Adam does.
 

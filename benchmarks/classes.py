@@ -1,4 +1,4 @@
-"""What do many classes cost? The laboratory's step with each loss, against a bare step of SGD with cross entropy.
+"""What do many classes cost? The examples' training step with each loss, against a bare step of SGD with cross entropy.
 
 python -m benchmarks.classes
 
@@ -74,7 +74,7 @@ class Linear(Task):
 
 
 def bare(stage: Stage):
-    """SGD with cross entropy, without the laboratory and without ABSGD; on the laboratory's state."""
+    """SGD with cross entropy, without the examples' code and without ABSGD; on their state."""
 
     def step(state, batch, indices, facts):
         del indices
@@ -92,7 +92,7 @@ def bare(stage: Stage):
 
 
 def ours(task: Task, stage: Stage):
-    """The laboratory's step."""
+    """The examples' training step."""
 
     def step(state, batch, indices, facts):
         return train_step(task, stage, state, batch, indices, None, facts)[0]

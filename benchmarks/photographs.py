@@ -2,7 +2,7 @@
 
 python -m benchmarks.photographs
 
-The laboratory's input pipeline decodes two photographs that come with scikit-learn, packed as training images of
+The examples' input pipeline decodes two photographs that come with scikit-learn, packed as training images of
 ImageNet-LT are, on one core and on all (Linux only: it lets a process choose its cores). What accelerators take is
 not measured: others have published it. The time of the collectives is arithmetic, as in the benchmark of scaling.
 """

@@ -28,7 +28,8 @@ def save(figure: Figure, path: Path) -> None:
 
 NAMES = {
     "sgd": "SGD", "absgd": "ABSGD", "bounded-absgd": "ABSGD, bounded", "kl-radius": "ABSGD, KL radius",
-    "trust": "ABSGD, trusted fraction", "trust-first-form": "ABSGD, trusted fraction, first form", "within-class": "ABSGD within classes",
+    "trust": "ABSGD, trusted fraction", "trust-first-form": "ABSGD, trusted fraction, first form",
+    "within-class": "ABSGD within classes",
     "focus": "ABSGD, fraction in focus", "adaptive-gamma": "ABSGD, adaptive γ", "term": "TERM", "recover": "RECOVER",
     "meta": "META", "l2rw": "L2RW", "resample": "Resampling", "ncm": "NCM", "crt": "cRT", "tau-norm": "τ-norm, τ = 1",
     "lws": "LWS", "gce": "Generalised CE", "sce": "Symmetric CE", "smoothing": "Label smoothing",
