@@ -184,18 +184,30 @@ def _mirror_step(rho, step_size, start, temperature, kl):
     return jnp.where(is_infinite(temperature) | (jnp.sign(temperature) != jnp.sign(start)), start, step)
 
 
-def _radius(fraction, batch_size):
-    """ρ = -log(fraction)."""
+def _fraction_rule(fraction, sign, step_size, batch_size):
     check_real("fraction", fraction)
     number = concrete(fraction)
     if number is not None and not 0 < number < 1:
         raise ValueError(f"fraction={fraction!r}: it must lie between 0 and 1, both excluded; 1 would be SGD.")
     rho = -math.log(number) if number is not None else -jnp.log(fraction)
+    if step_size is None:
+        slow = 0.015 / rho  # a λ that comes down in fewer than 150 steps can give up classes
+        step_size = min(0.03, slow) if number is not None else jnp.minimum(0.03, slow)
+    check_positive("step_size", step_size)
     _check_batch_size(rho, batch_size)
-    return rho
+    return Rule(Partial(_within_fraction, rho, sign, step_size), rho)
 
 
-def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_size: int | None = None) -> Rule:
+def _within_fraction(rho, sign, step_size, state, kl):
+    if kl is None:
+        return sign * jnp.inf
+    start = 10 * jnp.abs(state.risk)  # many times the spread of losses that are at least 0, in whatever unit they are
+    start = sign * jnp.where(start == 0, jnp.inf, start)
+    lam = _mirror_step(rho, step_size, start, state.temperature, kl)
+    return jnp.where(sign < 0, jnp.minimum(lam, -2 / 3 * state.risk / jnp.asarray(rho, lam.dtype)), lam)
+
+
+def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, batch_size: int | None = None) -> Rule:
     r"""A temperature λ < 0 that trusts a fraction of the data, given as ``temperature=``, for wrong labels.
 
     Weights that are uniform on a fraction φ of a batch and 0 elsewhere lie
@@ -208,17 +220,21 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_si
     (those of :func:`kl_radius`), so the fraction is an effective one: exp(-KL).
 
     A λ < 0 near 0 would silence whole classes for good before the network has learned them, because their losses are as
-    high as those of wrong labels. The risk says how far the network is: an example without loss has the weight
-    exp(-R/λ), and if the weights left out just the wrong labels it would have 1/φ. So the first batch is taken by SGD,
-    then λ is -R/ρ, where that weight is 1/φ. From there :func:`kl_radius` follows, but no nearer to 0 than two thirds
-    of -R/ρ, where the weight is φ to the power of -3/2: λ comes down as R does. So the fraction is reached when the
-    losses that are trusted have become small. Losses have to be at least 0, as cross entropy is, and 0 has to be in
-    reach; for others use :func:`kl_radius` with an ``init`` of your own.
+    high as those of wrong labels. So λ starts mild and comes slowly: the first batch is taken by SGD, then λ is -10
+    times its mean loss, from where :func:`kl_radius` follows. And it waits for the network:
+
+    .. math:: |\lambda| \ge \tfrac23\, R/\rho
+
+    An example without loss has the weight exp(-R/λ). Weights that leave out just the wrong labels would give it 1/φ;
+    the limit lets it have φ to the power of -3/2, and no more. So λ comes down as R does, and the fraction is reached
+    when the losses that are trusted have become small. Losses have to be at least 0, as cross entropy is, and 0 has to
+    be in reach; for others use :func:`kl_radius` with an ``init`` of your own.
 
     Args:
       fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Rather too large than too small: trusting too few can
         give up whole classes.
-      step_size: η, the relative change of λ for each nat and step.
+      step_size: η, the relative change of λ for each nat and step. λ needs at least about log(10)/(η ρ) steps to come
+        down. Default: 0.03, less for fractions below 0.6, so that it is never fewer than 150.
       batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
 
     Returns:
@@ -237,17 +253,7 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike = 0.03, batch_si
       Qi et al., `Stochastic Constrained DRO with a Complexity Independent of Sample Size
       <https://arxiv.org/abs/2210.05740>`_, 2022, for the KL ball.
     """
-    check_positive("step_size", step_size)
-    rho = _radius(fraction, batch_size)
-    return Rule(Partial(_trusting, rho, step_size), rho)
-
-
-def _trusting(rho, step_size, state, kl):
-    if kl is None:
-        return -jnp.inf
-    whole = state.risk / jnp.asarray(rho, state.risk.dtype)  # |λ| at which an example without loss has the weight 1/φ
-    start = jnp.where(whole == 0, -jnp.inf, -jnp.abs(whole))
-    return jnp.minimum(_mirror_step(rho, step_size, start, state.temperature, kl), -2 / 3 * whole)
+    return _fraction_rule(fraction, -1, step_size, batch_size)
 
 
 def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, batch_size: int | None = None) -> Rule:
@@ -264,8 +270,7 @@ def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
     Args:
       fraction: α, the fraction of the batch that is to count, between 0 and 1. 0.7 is mild, 0.1 is strong: bound the
         weights with ``max_weight=`` as well, at a few times 1/α.
-      step_size: η, the relative change of λ for each nat and step. Default: 0.03, less for fractions below 0.6, so that
-        λ takes at least about 150 steps to come down.
+      step_size: η, the relative change of λ for each nat and step. Default: as for :func:`trust_fraction`.
       batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
 
     Returns:
@@ -283,16 +288,4 @@ def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
     References:
       Rockafellar & Uryasev, *Optimization of Conditional Value-at-Risk*, 2000.
     """
-    rho = _radius(fraction, batch_size)
-    if step_size is None:
-        slow = 0.015 / rho
-        step_size = min(0.03, slow) if isinstance(slow, float) else jnp.minimum(0.03, slow)
-    check_positive("step_size", step_size)
-    return Rule(Partial(_focusing, rho, step_size), rho)
-
-
-def _focusing(rho, step_size, state, kl):
-    if kl is None:
-        return jnp.inf
-    start = 10 * jnp.abs(state.risk)  # many times the spread of losses that are at least 0, in whatever unit they are
-    return _mirror_step(rho, step_size, jnp.where(start == 0, jnp.inf, start), state.temperature, kl)
+    return _fraction_rule(fraction, 1, step_size, batch_size)
