@@ -68,4 +68,6 @@ def colour(method: str, bounded: bool = False) -> str:
 
 def line(method: str) -> str:
     """Broken where λ follows a rule, dotted within classes, so that forms of ABSGD are told apart."""
-    return {"trust": "--", "focus": "--", "kl-radius": "--", "within-class": ":"}.get(method, "-")
+    return {"trust": "--", "trust-first-form": "-.", "focus": "--", "kl-radius": "--", "within-class": ":"}.get(
+        method, "-"
+    )

@@ -14,7 +14,7 @@ from examples import style
 
 LOWEST = -15.0  # points of a gain; a network that is destroyed loses more, and would leave no room for the others
 # In the pictures of training and of classes.
-SHOWN = ("sgd", "absgd", "bounded-absgd", "within-class", "kl-radius", "trust", "focus")
+SHOWN = ("sgd", "absgd", "bounded-absgd", "within-class", "kl-radius", "trust", "trust-first-form", "focus")
 
 
 def draw(frame: Any, picked: Any, folder: Path) -> list[Path]:
@@ -176,15 +176,18 @@ def strengths(frame: Any):
 def fractions(frame: Any):
     """Test accuracy over the fraction that is trusted, with the loss of most fractions; SGD's is grey."""
     runs = frame[frame.validation_accuracy.notna()]
-    tried = runs[runs.method == "trust"].groupby("loss").fraction.nunique()
+    trusting = runs[runs.method.str.startswith("trust")]
+    tried = trusting.groupby("loss").fraction.nunique()
     if tried.empty or tried.max() < 3:
         return None
-    runs = runs[runs.loss == tried.idxmax()]
-    family, plain = runs[runs.method == "trust"], runs[runs.method == "sgd"]
+    trusting = trusting[trusting.loss == tried.idxmax()]
+    plain = runs[(runs.method == "sgd") & (runs.loss == tried.idxmax())]
     figure, axis = plt.subplots(figsize=(4, 2.8), layout="constrained")
     if len(plain):
         axis.axhline(plain.accuracy.mean(), color=style.SGD, label=style.name("sgd"))
-    axis.plot(family.groupby("fraction").accuracy.mean(), marker=".", color=style.ABSGD, label=style.name("trust"))
+    for method, family in trusting.groupby("method"):
+        options = {"linestyle": style.line(method), "color": style.ABSGD, "label": style.name(method)}
+        axis.plot(family.groupby("fraction").accuracy.mean(), marker=".", **options)
     axis.set_xlabel("fraction that is trusted")
     axis.set_ylabel("test accuracy, %")
     axis.legend()
