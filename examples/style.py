@@ -68,6 +68,5 @@ def colour(method: str, bounded: bool = False) -> str:
 
 def line(method: str) -> str:
     """Broken where λ follows a rule, dotted within classes, so that forms of ABSGD are told apart."""
-    return {"trust": "--", "trust-first-form": "-.", "focus": "--", "kl-radius": "--", "within-class": ":"}.get(
-        method, "-"
-    )
+    by_rule = dict.fromkeys(("trust", "focus", "kl-radius"), "--")
+    return (by_rule | {"trust-first-form": "-.", "within-class": ":"}).get(method, "-")
