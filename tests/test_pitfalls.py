@@ -188,7 +188,7 @@ def _():
     assert_array_equal(updates["out"], 1.0)
 
 
-@row("`partition` around, one ABSGD", "yes")
+@row("`partition` around, one ABSGD", "partly")
 def _():
     params = {"robust": W, "plain": jnp.zeros(())}
     split = optax.partition({"robust": absgd(0.02, LAM), "plain": optax.sgd(0.02)}, {k: k for k in params})
