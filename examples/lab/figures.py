@@ -186,8 +186,8 @@ def fractions(frame: Any):
     if len(plain):
         axis.axhline(plain.accuracy.mean(), color=style.SGD, label=style.name("sgd"))
     for method, family in trusting.groupby("method"):
-        options = {"linestyle": style.line(method), "color": style.ABSGD, "label": style.name(method)}
-        axis.plot(family.groupby("fraction").accuracy.mean(), marker=".", **options)
+        mean = family.groupby("fraction").accuracy.mean()
+        axis.plot(mean, linestyle=style.line(method), marker=".", color=style.ABSGD, label=style.name(method))
     axis.set_xlabel("fraction that is trusted")
     axis.set_ylabel("test accuracy, %")
     axis.legend()
