@@ -23,6 +23,7 @@ from examples.readme import fill
 Frame = Any  # of pandas, whose own types do not know what a column holds
 STRENGTH = list(SYMBOLS)
 FAMILY = ["method", "loss"]
+GROUPS = ["many", "medium", "few"]
 NOTHING = "–"
 MISSING = {"log_alpha": None, "anneal_from": None}  # of older records
 
@@ -93,6 +94,7 @@ def at_the_chosen(frame: Frame) -> Frame:
 def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]]) -> Frame:
     """The table of a dataset: a row for each method and loss at the strength that validation chose."""
     runs, picked, out = tested(frame), at_the_chosen(frame), []
+    by_class = columns_by_class(runs)
     there = dict.fromkeys(zip(runs.method, runs.loss, strict=True))
     for method, loss in dict.fromkeys([*(pair for pair in expected if pair in there), *there]):
         shown = picked[(picked.method == method) & (picked.loss == loss)]
@@ -103,14 +105,22 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
                 "loss": loss,
                 "hyper-parameters": shown.strength.iloc[0] if len(shown) else "not chosen",
                 "accuracy": spread(shown.accuracy),
-                "many / medium / few": " / ".join(_mean(shown[name]) for name in ("many", "medium", "few")),
+                " / ".join(by_class).replace("_", " "): " / ".join(_mean(shown[name]) for name in by_class),
                 "gain over SGD": "" if method == "sgd" else spread(shown.gain, "+.2f"),
                 "paper": f"{number['top1']:.2f}" if number else NOTHING,
                 "seeds": len(shown),
             }
         )
-    table = pd.DataFrame(out)
-    return table if paper else table.drop(columns="paper", errors="ignore")  # there is none in a table without rows
+    spare = ["", *(["paper"] if not paper else [])]
+    return pd.DataFrame(out).drop(columns=spare, errors="ignore")  # there are none in a table without rows
+
+
+def columns_by_class(runs: Frame) -> list[str]:
+    """What the accuracy of all test examples hides: that of rare classes, or the mean of the classes, if it differs."""
+    groups = [name for name in GROUPS if runs[name].notna().any()]
+    if len(groups) > 1:
+        return groups
+    return [] if np.allclose(runs.accuracy, runs.balanced_accuracy, atol=0.1) else ["balanced_accuracy"]
 
 
 def not_run(frame: Frame, expected: Sequence[tuple[str, str]]) -> str:
@@ -129,14 +139,15 @@ def _mean(values: Frame) -> str:
 
 
 def validation_table(frame: Frame) -> str:
-    """Validation accuracies by which strengths were chosen."""
+    """Validation accuracies by which strengths were chosen, a row for each method and loss with several."""
     ordered = frame.dropna(subset=["validation_accuracy"]).sort_values([*FAMILY, *STRENGTH])
-    scores = ordered.groupby([*FAMILY, "strength"], sort=False)
-    table = scores.validation_accuracy.agg(["mean", "size"]).round(2).reset_index()
-    table["method"] = table.method.map(style.name)
-    several = table.groupby(FAMILY).strength.transform("size") > 1
-    names = {"strength": "hyper-parameters", "mean": "validation accuracy", "size": "seeds"}
-    return table[several].rename(columns=names).to_markdown(index=False, floatfmt=".2f")
+    out = []
+    for (method, loss), family in ordered.groupby(FAMILY, sort=False):
+        means = family.groupby("strength", sort=False).validation_accuracy.mean()
+        if len(means) > 1:
+            shown = "; ".join(f"{strength}: {mean:.2f}" for strength, mean in means.items())
+            out.append({"method": style.name(method), "loss": loss, "validation accuracy": shown})
+    return pd.DataFrame(out).to_markdown(index=False, disable_numparse=True)
 
 
 def made_with(frame: Frame) -> str:
@@ -180,9 +191,10 @@ def section(experiment: Experiment, preset: str, dataset: str, frame: Frame) -> 
 
 LEGEND = """\
 Accuracy: on the test set after the last epoch, in %, mean ± standard deviation over the seeds. Many, medium, few:
-mean accuracy of the classes of over 100, of 20 to 100 and of less than 20 training examples. Gain: over SGD with the
-same loss, seed by seed. Hyper-parameters: λ, the KL radius ρ, the fraction, the bound c, log α or a method's own
-number p, chosen by accuracy on a validation split (see "Validation accuracy" below a table) or fixed in advance."""
+mean accuracy of the classes of over 100, of 20 to 100 and of less than 20 training examples; balanced accuracy: that of
+all classes. Gain: over SGD with the same loss, seed by seed. Hyper-parameters: λ, the KL radius ρ, the fraction, the
+bound c, log α or a method's own number p, chosen by accuracy on a validation split (see "Validation accuracy" below a
+table; it has a seed of its own) or fixed in advance."""
 
 
 def legend(experiment: Experiment) -> str:

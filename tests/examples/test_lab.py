@@ -302,18 +302,29 @@ def test_the_report_is_drawn_from_the_records(swept, capsys):
     text = (swept / "out/tiny/clouds/table.md").read_text()
     lines = text.partition("<details>")[0].splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    table = {(row[0], row[1]): row for row in rows[1:]}
+    table = {(row[0], row[1]): dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
     runs = [records.read(swept / f"out/tiny/clouds/sgd-ce-s{seed}.json")["accuracy"] for seed in (0, 1)]
-    assert table["SGD", "ce"][3] == f"{np.mean(runs):.2f} ± {np.std(runs, ddof=1):.2f}"
+    assert table["SGD", "ce"]["accuracy"] == f"{np.mean(runs):.2f} ± {np.std(runs, ddof=1):.2f}"
     by_validation = {
         t: records.read(swept / f"out/tiny/clouds/absgd-ce-t{t}-s1000.json")["validation_accuracy"] for t in (1, 5)
     }
     best = max(by_validation, key=by_validation.get)
-    assert table["ABSGD", "ce"][2] == f"λ = {best}"
+    assert table["ABSGD", "ce"]["hyper-parameters"] == f"λ = {best}"
     gains = [records.read(swept / f"out/tiny/clouds/absgd-ce-t{best}-s{s}.json")["accuracy"] - runs[s] for s in (0, 1)]
-    assert table["ABSGD", "ce"][5] == f"{np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}"
-    assert table["SGD", "cb-ce"][-1] == "2"
+    assert table["ABSGD", "ce"]["gain over SGD"] == f"{np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}"
+    assert table["SGD", "cb-ce"]["seeds"] == "2"
+    scores = "; ".join(f"λ = {t}: {score:.2f}" for t, score in by_validation.items())
+    assert f"| {scores} " in text
     assert (swept / "out/tiny/clouds/gains.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("many", "medium", "balanced", "shown"),
+    [(71.0, 42.0, 65.2, ["many", "medium"]), (65.2, None, 65.2, []), (58.0, None, 58.0, ["balanced_accuracy"])],
+)
+def test_a_table_shows_the_classes_where_accuracy_hides_them(many, medium, balanced, shown):
+    runs = [{"accuracy": 65.2, "balanced_accuracy": balanced, "many": many, "medium": medium, "few": None}]
+    assert report.columns_by_class(pd.DataFrame(runs)) == shown
 
 
 def test_the_report_of_a_sweep_that_has_only_chosen_so_far(swept, tmp_path):
