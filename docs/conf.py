@@ -1,10 +1,7 @@
 """Sphinx configuration: `make docs`."""
 
-import inspect
 import re
 from pathlib import Path
-
-from sphinx.errors import ExtensionError
 
 import absgd_jax
 
@@ -47,20 +44,5 @@ def unlink_outside(app, docname, source):
     source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#]*)[^)]*\)", keep, source[0])
 
 
-def check_coverage(app, env):
-    """Fails on a public name that is missing from the API page."""
-    documented = set(env.get_domain("py").objects)
-    public = {
-        f"{module.__name__}.{name}"
-        for module in (absgd_jax, absgd_jax.losses)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and getattr(value, "__module__", "").startswith("absgd_jax")
-        and not inspect.ismodule(value)
-    }  # fmt: skip
-    if missing := sorted(public - documented):
-        raise ExtensionError(f"docs/api.md does not document {', '.join(missing)}")
-
-
 def setup(app):
     app.connect("source-read", unlink_outside)
-    app.connect("env-check-consistency", check_coverage)

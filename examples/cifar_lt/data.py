@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pooch
 
-from examples.cifar_lt import safe_pickle
-from examples.lab import files
+from examples.lab import files, safe_pickle
 from examples.lab.errors import UserError
 from examples.lab.task import Split
 

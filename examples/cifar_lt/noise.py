@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.cifar_lt import safe_pickle
 from examples.cifar_lt.data import ARCHIVES, TRAIN
-from examples.lab import files
+from examples.lab import files, safe_pickle
 from examples.lab.errors import UsageError, UserError
 from examples.lab.noise import symmetric
 

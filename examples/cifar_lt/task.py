@@ -11,9 +11,9 @@ import numpy as np
 from examples.cifar_lt import noise
 from examples.cifar_lt.augment import crop_and_flip, normalise
 from examples.cifar_lt.data import load
-from examples.cifar_lt.imbalance import class_counts, subset
 from examples.cifar_lt.models import ResNet, Shallow, whitening_kernel
 from examples.lab.errors import UsageError, UserError
+from examples.lab.imbalance import class_counts, subset
 from examples.lab.losses import NEEDS_COSINES
 from examples.lab.task import NUMBER, Data, Split, Task
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.cifar_lt.imbalance import class_counts, subset
 from examples.covid_lt.data import CLASSES, covid_lt, read_npz, split_by_patient
 from examples.imagenet_lt.features import either_side, lower_layers, one_side, pretrained
 from examples.imagenet_lt.resnet import Head, read_keras
 from examples.lab.errors import UsageError
+from examples.lab.imbalance import class_counts, subset
 from examples.lab.task import NUMBER, Data, Split, Task
 
 WEIGHTS = Path("resnet50-imagenet") / "weights.npz"

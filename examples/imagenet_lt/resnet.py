@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from examples.cifar_lt import safe_pickle
+from examples.lab import safe_pickle
 from examples.lab.errors import UserError
 
 BLOCKS = {10: (1, 1, 1, 1), 50: (3, 4, 6, 3), 152: (3, 8, 36, 3)}

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.cifar_lt.imbalance import class_counts, subset
 from examples.imagenet_lt.data import OFFICIAL, Packed, Rows, packed, scenes
 from examples.imagenet_lt.features import either_side, lower_layers, one_side, pretrained
 from examples.imagenet_lt.resnet import KERAS_MEAN, MEAN, STD, Head, ResNet, read_keras, read_pth
 from examples.lab.errors import UsageError
+from examples.lab.imbalance import class_counts, subset
 from examples.lab.task import NUMBER, Data, Split, Task
 
 HELD_OUT_PER_CLASS = 10

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.cifar_lt import data, safe_pickle
-from examples.cifar_lt.imbalance import class_counts, subset
-from examples.lab import files
+from examples.cifar_lt import data
+from examples.lab import files, safe_pickle
 from examples.lab.errors import UserError
+from examples.lab.imbalance import class_counts, subset
 from tests.examples.cifar_files import write_cifar10
 
 CIFAR10, CIFAR10_PY = data.ARCHIVES["cifar10"]
