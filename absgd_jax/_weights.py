@@ -15,6 +15,8 @@ def attention_weights(
 
     .. math:: \tilde p_i = \min\big(e^{(L_i - R)/\lambda},\, c\big)
 
+    For the weights that a step of an optimizer gives, in all cases, see :func:`absgd_jax.weight_by_absgd`.
+
     Args:
       losses: per-example losses, any shape, in units of loss.
       risk: R = λ log s, the running robust risk: ``state.risk`` after the batch's update, broadcast against ``losses``.
