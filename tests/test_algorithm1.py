@@ -100,6 +100,27 @@ def test_weights_and_state_of_the_loss_level_weights(temperature, gamma, bias_co
     close(by_hand, expected.astype(float))
 
 
+@pytest.mark.parametrize("max_weight", [float("inf"), 2.0])
+@pytest.mark.parametrize(
+    "temperature",
+    [2.0, -1.0, optax.linear_schedule(-4.0, -0.5, STEPS), absgd_jax.trust_fraction(0.6), absgd_jax.kl_radius(0.3)],
+    ids=["positive", "negative", "schedule", "trust", "radius"],
+)
+def test_the_weights_of_a_step_are_those_of_its_losses_and_the_state_before_it(temperature, max_weight):
+    optimizer = absgd_jax.scale_by_absgd(temperature, max_weight=max_weight)
+    weighting = absgd_jax.weight_by_absgd(temperature, max_weight=max_weight)
+    in_the_losses = absgd_jax.value_and_grad(lambda losses: losses, with_kl=True)
+
+    def step(state, losses):
+        (risk, kl), slopes = in_the_losses(losses, state=state)
+        weights, _ = weighting.update(losses, state)
+        updates, state = optimizer.update(slopes, state, value=risk, kl=kl)
+        return state, (32 * updates, weights)
+
+    _, (expected, weights) = jax.lax.scan(step, optimizer.init(jnp.zeros(32)), 100 + make_stream(32, np.float32)[0])
+    np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_attention_weights_take_the_temperature_before_and_the_risk_after_the_update():
     losses, *_ = make_stream(16, np.float32)
     weighting = absgd_jax.weight_by_absgd(optax.linear_schedule(4.0, 0.5, STEPS), gamma=0.5)
