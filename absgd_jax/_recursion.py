@@ -97,8 +97,8 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
         factor = jnp.minimum(factor, jnp.finfo(dtype).max)
         if bias_correction:
             factor = factor * mass
-        if isinstance(temperature, Rule):
-            factor = jnp.minimum(factor, 1)  # R lags behind a λ that falls
+        if isinstance(temperature, Rule):  # R lags behind a λ that falls
+            factor = jnp.minimum(factor, 1) * jnp.asarray(temperature.mean_weight, dtype)
             seen &= True if kl is None else jnp.isfinite(kl)
 
         after = state._replace(

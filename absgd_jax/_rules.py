@@ -29,11 +29,10 @@ class Rule(NamedTuple):
         is that before the batch and ``kl`` is None; γ may come as the pair (γ, 1 - γ), if the latter would be lost to
         rounding.
       radius: the KL distance ρ at which the rule aims, if it reads ``kl``; None if it does not.
+      mean_weight: for λ, the mean weight of a batch that is as hard as the running risk. With a rule g̃/s is held at 1
+        where it is greater, because R lags behind a λ that falls, and then multiplied by this number.
 
     The library's rules are pytrees: their numbers may be traced, and they may be passed through ``jit`` and ``vmap``.
-
-    With a rule for λ the mean weight g̃/s of a batch is held at 1 where it is greater, because R lags behind a λ that
-    falls.
 
     Example:
       >>> import absgd_jax, jax.numpy as jnp
@@ -44,6 +43,7 @@ class Rule(NamedTuple):
 
     at: Callable[[ScaleByAbsgdState, jax.Array | None], Any]
     radius: ArrayLike | None = None
+    mean_weight: ArrayLike = 1.0
 
 
 Temperature = ArrayLike | optax.Schedule | Rule
@@ -195,7 +195,7 @@ def _fraction_rule(fraction, sign, step_size, batch_size):
         step_size = min(0.03, slow) if number is not None else jnp.minimum(0.03, slow)
     check_positive("step_size", step_size)
     _check_batch_size(rho, batch_size)
-    return Rule(Partial(_within_fraction, rho, sign, step_size), rho)
+    return Rule(Partial(_within_fraction, rho, sign, step_size), rho, fraction if sign < 0 else 1.0)
 
 
 def _within_fraction(rho, sign, step_size, state, kl):
@@ -217,7 +217,12 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
     .. math:: \rho = -\log(1 - \varepsilon) = -\log(\mathrm{fraction})
 
     and the noise rate, which a user knows or can estimate on a sample, takes the place of λ. The weights are smooth
-    (those of :func:`kl_radius`), so the fraction is an effective one: exp(-KL).
+    (those of :func:`kl_radius`), so the fraction is an effective one: exp(-KL). They are multiplied by it,
+
+    .. math:: \tilde p_i = \varphi\, e^{(L_i - R)/\lambda}
+
+    so that examples that are trusted keep the weight 1 of SGD, where Algorithm 1 would give them 1/φ and lengthen the
+    steps. The learning rate stays that of SGD.
 
     A λ < 0 near 0 would silence whole classes for good before the network has learned them, because their losses are as
     high as those of wrong labels. So λ starts mild and comes slowly: the first batch is taken by SGD, then λ is -10
@@ -225,10 +230,10 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
 
     .. math:: |\lambda| \ge \tfrac23\, R/\rho
 
-    An example without loss has the weight exp(-R/λ). Weights that leave out just the wrong labels would give it 1/φ;
-    the limit lets it have φ to the power of -3/2, and no more. So λ comes down as R does, and the fraction is reached
-    when the losses that are trusted have become small. Losses have to be at least 0, as cross entropy is, and 0 has to
-    be in reach; for others use :func:`kl_radius` with an ``init`` of your own.
+    An example without loss has the weight φ exp(-R/λ). It is 1 if just the wrong labels are left out; the limit lets it
+    be 1/√φ, and no more. So λ comes down as R does, and the fraction is reached when the losses that are trusted have
+    become small. Losses have to be at least 0, as cross entropy is, and 0 has to be in reach; for others use
+    :func:`kl_radius` with an ``init`` of your own.
 
     Args:
       fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Rather too large than too small: trusting too few can

@@ -42,7 +42,8 @@ def test_the_fraction_to_trust_is_reached_and_made_of_the_small_losses(fraction)
     batches = mixture(1500, right=0.05)
     weights, lam, reached = follow(trust_fraction(fraction), batches)
     assert reached == pytest.approx(0.6, abs=0.015)
-    assert weights[:100].sum() / weights.sum() < 0.02
+    assert weights[:100].mean() < 0.03  # of wrong labels
+    assert weights[100:].mean() == pytest.approx(fraction / 0.6, abs=0.02)  # at the right fraction that of SGD
     assert lam[0] == -np.finfo(np.float32).max
     assert lam[1] == pytest.approx(-10 * batches[0].mean(), rel=1e-5)
     assert (lam < 0).all()
@@ -51,11 +52,11 @@ def test_the_fraction_to_trust_is_reached_and_made_of_the_small_losses(fraction)
 
 @pytest.mark.parametrize(("fraction", "right"), [(0.6, 4.0), (0.4, 4.0), (0.6, 1.0), (0.9, 0.2)])
 def test_trust_waits_for_losses_to_become_small(fraction, right):
-    """What λ is then solves an equation: no example, if its loss were 0, would weigh more than φ^(-3/2)."""
+    """What λ is then solves an equation: no example, if its loss were 0, would weigh more than φ^(-1/2)."""
     losses = mixture(1, right=right)[0].astype(float)
     weights, lam, reached = follow(trust_fraction(fraction), np.float32([losses] * 1500))
-    weight_without_loss = lambda lam: 1 / np.mean(np.exp(losses / lam))  # noqa: E731
-    expected = brentq(lambda lam: weight_without_loss(lam) - fraction**-1.5, -1e4, -1e-1)
+    weight_without_loss = lambda lam: fraction / np.mean(np.exp(losses / lam))  # noqa: E731
+    expected = brentq(lambda lam: weight_without_loss(lam) - fraction**-0.5, -1e4, -1e-1)
     np.testing.assert_allclose(lam[-1], expected, rtol=1e-4)
     np.testing.assert_allclose(weights, np.exp(losses / expected) * weight_without_loss(expected), rtol=1e-3)
     assert reached > 1.01 * fraction
@@ -170,6 +171,23 @@ def test_a_temperature_that_is_not_a_number_is_not_remembered(rule):
             _, expected = plain.update(losses, expected)
         np.testing.assert_allclose(state.risk, expected.risk, rtol=1e-6)
     assert state.temperature == 1.5
+
+
+def test_a_rule_says_what_weights_come_to_on_average():
+    batches = jnp.float32(rng.exponential(size=(4, 8)))
+    batches = jnp.concatenate([batches, 9 + batches])  # harder than the running risk, where the mean weight is held
+    weights = {}
+    for mean in (1.0, 0.25):
+        weighting = absgd_jax.weight_by_absgd(Rule(lambda state, kl: jnp.float32(1.5), mean_weight=mean))
+        optimizer = absgd_jax.scale_by_absgd(Rule(lambda state, kl: jnp.float32(1.5), mean_weight=mean))
+        state, optimizer_state = weighting.init(), optimizer.init(jnp.zeros(8))
+        for losses in batches:
+            weights[mean], state = weighting.update(losses, state)
+            risk, shares = jax.value_and_grad(absgd_jax.entropic_risk)(losses, 1.5)
+            updates, optimizer_state = optimizer.update(shares, optimizer_state, value=risk)
+            np.testing.assert_allclose(8 * updates, weights[mean], rtol=1e-5)
+            assert weights[mean].mean() <= 1.0001 * mean
+    np.testing.assert_allclose(weights[0.25], 0.25 * weights[1.0], rtol=1e-6)
 
 
 def test_the_numbers_of_a_rule_may_be_traced_and_mapped():
