@@ -112,7 +112,8 @@ def entropic_risk(
         :func:`absgd_jax.scale_by_absgd` that nothing was seen.
       threshold: θ, a loss beyond which (above it for λ > 0, below it for λ < 0) the weight grows no more:
         :math:`\hat p_i \propto w_i e^{\min(L_i/\lambda,\, \theta/\lambda)}` in the risk and in its gradient, where ∇L_i
-        stays whole. Pass ``state.threshold`` where the optimizer has a ``max_weight``. It carries no gradient. Default: none.
+        stays whole. Pass ``state.threshold`` where the optimizer has a ``max_weight``. It carries no gradient. Default:
+        none.
       axis: the axes to reduce, as in :func:`jax.numpy.mean`. Default: all.
       axis_name: the name of a ``shard_map``, ``pmap`` or ``vmap`` axis, or several, over which the batch is spread.
 

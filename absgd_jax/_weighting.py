@@ -34,8 +34,8 @@ def weight_by_absgd(
     .. math:: \tilde p_i = e^{L_i/\lambda} / s_{t+1}, \qquad s_{t+1} = (1-\gamma)\, s_t + \gamma \tilde g_t
 
     The same recursion as :func:`absgd_jax.scale_by_absgd`, at the level of the loss: the gradient of ``mean(p̃ · L)``
-    with p̃ held constant is what that transformation produces. Use one or the other, not both; but to look at the weights
-    of a step of that transformation, give ``update`` the losses of the batch and its state before the step.
+    with p̃ held constant is what that transformation produces. Use one or the other, not both; but to look at the
+    weights of a step of that transformation, give ``update`` the losses of the batch and its state before the step.
 
     Here a term of the objective that belongs to the batch or the model and not to an example (a load-balance loss, a
     group penalty) has its place: ``mean(p̃ · L) + term``. Added to every example's loss it would move R, and its
