@@ -222,7 +222,7 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
     .. math:: \tilde p_i = \varphi\, e^{(L_i - R)/\lambda}
 
     so that examples that are trusted keep the weight 1 of SGD, where Algorithm 1 would give them 1/φ and lengthen the
-    steps. The learning rate stays that of SGD.
+    steps. The learning rate stays that of SGD. (With Adam behind it a constant factor has no effect.)
 
     A λ < 0 near 0 would silence whole classes for good before the network has learned them, because their losses are as
     high as those of wrong labels. So λ starts mild and comes slowly: the first batch is taken by SGD, then λ is -10
