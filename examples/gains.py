@@ -20,7 +20,7 @@ from examples.readme import fill
 
 FORMS = {"absgd": ("o", style.ABSGD), "bounded-absgd": ("s", style.BOUNDED), "trust": ("D", style.RIVALS[1])}
 BASELINES = ("gce", "elr")  # columns of the README's table
-WIDEST = 4.0  # points; what lies beyond is written at the edge
+WIDEST = 6.0  # points; what lies beyond is written at the edge
 SETTING = ["experiment", "preset", "dataset", "loss"]
 README = {  # the rows of its table
     ("noise", "cifar10-lt-1-sym0.2", "ce"): "20 % symmetric noise",
