@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from absgd_jax._rules import Gamma, Rule, Temperature, evaluate
 from absgd_jax._state import ScaleByAbsgdState, keep_finite
 from absgd_jax._tilt import is_infinite, tilt
-from absgd_jax._validate import check_gamma, check_max_weight, check_temperature
+from absgd_jax._validate import check_gamma, check_max_weight, check_positive, check_temperature
 
 
 class Recursion(NamedTuple):
@@ -44,6 +44,8 @@ def recursion(temperature: Temperature, gamma: Gamma, max_weight: ArrayLike, bia
     """
     if not _follows_training(temperature):
         check_temperature(temperature)
+    elif isinstance(temperature, Rule):
+        check_positive("mean_weight", temperature.mean_weight)
     if not _follows_training(gamma):
         check_gamma(gamma)
     elif isinstance(gamma, Rule) and gamma.radius is not None:

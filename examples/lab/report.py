@@ -105,14 +105,16 @@ def rows(frame: Frame, paper: dict[str, Any], expected: Sequence[tuple[str, str]
                 "loss": loss,
                 "hyper-parameters": shown.strength.iloc[0] if len(shown) else "not chosen",
                 "accuracy": spread(shown.accuracy),
-                " / ".join(by_class).replace("_", " "): " / ".join(_mean(shown[name]) for name in by_class),
+                "by class": " / ".join(_mean(shown[name]) for name in by_class),
                 "gain over SGD": "" if method == "sgd" else spread(shown.gain, "+.2f"),
                 "paper": f"{number['top1']:.2f}" if number else NOTHING,
                 "seeds": len(shown),
             }
         )
-    spare = ["", *(["paper"] if not paper else [])]
-    return pd.DataFrame(out).drop(columns=spare, errors="ignore")  # there are none in a table without rows
+    table = pd.DataFrame(out)
+    spare = [name for name, needed in (("by class", by_class), ("paper", paper)) if not needed]
+    table = table.drop(columns=spare, errors="ignore")  # there are none in a table without rows
+    return table.rename(columns={"by class": " / ".join(by_class).replace("_", " ")})
 
 
 def columns_by_class(runs: Frame) -> list[str]:
