@@ -15,7 +15,7 @@ BENCHMARKS := $(filter-out __init__ report,$(basename $(notdir $(wildcard benchm
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.examples ## SGD against ABSGD on digits: tables, figure, JSON under results/ (about a minute)
+demo: $(VENV)/.examples ## SGD against ABSGD on digits: tables, figure, JSON under results/ (about two minutes)
 	$(BIN)/python -m examples.digits.main
 
 test: $(VENV)/.test ## the tests, with coverage
