@@ -2,7 +2,7 @@
 
 python -m examples.digits.main
 
-Writes digits.json and digits.png. About a minute on two CPU cores.
+Writes digits.json and digits.png. About two minutes on two CPU cores.
 """
 
 import dataclasses
