@@ -29,6 +29,8 @@ README = {  # the rows of its table
     ("noise", "cifar10-lt-1-worse", "ce"): "CIFAR-10N, 40 % human errors",
     ("noise", "cifar10-lt-1-asym0.4", "ce"): "20 % asymmetric noise",
     ("noise", "cifar10-lt-10-sym0.2", "ce"): "20 % symmetric noise, long tail, 10 : 1",
+    ("noise", "cifar10-lt-10-sym0.4", "ce"): "40 % symmetric noise, long tail, 10 : 1",
+    ("noise", "cifar10-lt-10-worse", "ce"): "40 % human errors, long tail, 10 : 1",
     ("adult", "adult-sym0.4", "ce"): "Adult, 40 % symmetric noise",
     ("small", "digits-sym0.4", "ce"): "digits, 50 epochs, 40 % symmetric noise",
     ("fast", "cifar10-lt-100", "ce"): "long tail, 100 : 1, cross entropy",
