@@ -24,14 +24,14 @@ def absgd(
     .. math::
         v_{t+1} = \mu v_t + \tfrac1B \sum_i \tilde p_i \nabla L_i + \omega w_t, \qquad w_{t+1} = w_t - \eta v_{t+1}
 
-    At ``temperature=float("inf")`` it is momentum SGD, bit for bit but for what the compiler fuses.
+    At ``temperature=float("inf")`` it is momentum SGD, bit for bit up to compiler fusion.
 
     Args:
       learning_rate: η, a number, an array or a schedule.
       temperature: λ, as for :func:`absgd_jax.scale_by_absgd`.
       gamma: γ, as there.
-      momentum: μ; None keeps no momentum.
-      weight_decay: ω, the gradient of the regulariser r(w) = ω‖w‖²/2, not weighted by p̃.
+      momentum: μ; None is no momentum.
+      weight_decay: ω, of the regulariser r(w) = ω‖w‖²/2, whose gradient is not weighted by p̃.
       nesterov: whether the momentum is Nesterov's.
       max_weight: c, the largest weight of an example, as for :func:`absgd_jax.scale_by_absgd`; inf is the paper's form.
       bias_correction: as for :func:`absgd_jax.scale_by_absgd`; True spares the first batches a weight of 1/γ, which

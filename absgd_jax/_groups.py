@@ -18,12 +18,12 @@ def within_groups(weighting: LossWeighting, num_groups: int) -> LossWeighting:
     .. math:: \tilde p_i = e^{(L_i - R_{k_i})/\lambda}, \qquad R_k = \lambda \log s_k
 
     Each group k has a running risk R_k. The objective is the mean of the groups' robust risks, in proportion to their
-    examples. With wrong labels and a long tail λ < 0 then takes weight from the outliers of each class; without groups
-    it would take it from rare classes, whose losses are all large.
+    examples. With wrong labels and a long tail, λ < 0 then takes weight from the outliers of each class; without groups
+    it would take weight from rare classes, whose losses are all large.
 
     A batch has few examples of a group. So give the weighting a small γ, such as 0.1, which remembers more of them, and
-    ``bias_correction=True``. Give it a number or a schedule as λ: a rule such as :func:`absgd_jax.trust_fraction` would
-    see the KL divergence of these few examples, which is small however unlike each other the group's examples are.
+    ``bias_correction=True``. λ should be a number or a schedule: a rule such as :func:`absgd_jax.trust_fraction` would
+    see the KL divergence of these few examples, which is small however different the group's examples are.
 
     Args:
       weighting: what :func:`absgd_jax.weight_by_absgd` returns.
@@ -33,10 +33,11 @@ def within_groups(weighting: LossWeighting, num_groups: int) -> LossWeighting:
       A pair of functions. ``init() -> state``: the state of ``weighting`` for each group, every field of shape (K,).
       ``update(losses, state, groups, *, where=None, axis_name=None) -> (p̃, state)``: ``groups`` are integers from 0 to
       K - 1, matched to ``losses`` from the first axis on; all else is as in ``weighting``. A group without examples in
-      a batch keeps its risk. p̃ is NaN where the group is none of these, unless ``where`` leaves the example out.
+      a batch keeps its risk. p̃ is NaN where the group is outside this range, unless ``where`` leaves the example out.
 
     Raises:
-      ValueError: if ``num_groups`` is less than 1, ``groups`` do not fit the losses, or ``state`` is not of K groups.
+      ValueError: if ``num_groups`` is less than 1, ``groups`` do not fit the losses, or ``state`` does not have K
+        groups.
       TypeError: if ``num_groups`` or ``groups`` are not integers.
 
     Example:

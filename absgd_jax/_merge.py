@@ -58,12 +58,13 @@ def merge_risks(
         \nabla \hat R = \sum_k \sigma_k \nabla \hat R_k, \qquad
         \sigma_k = \frac{w_k e^{\hat R_k/\lambda}}{\sum_j w_j e^{\hat R_j/\lambda}}
 
-    It is the entropic risk once more, so it is exact and associative: the parts may be examples, micro-batches or
-    devices, merged in any order. To differentiate over devices use ``entropic_risk(..., axis_name=)``.
+    This is the entropic risk of the parts' risks, so it is exact and associative: the parts may be examples,
+    micro-batches or devices, merged in any order. To differentiate over devices, use
+    ``entropic_risk(..., axis_name=)``.
 
     Args:
       risks: the parts' risks R̂_k, shape (K,), in units of loss; with ``axis_name`` this device's own, a scalar.
-      temperature: λ, a scalar; the one with which the parts were reduced.
+      temperature: λ, the scalar with which the parts were reduced.
       weights: the parts' total weights (their numbers of examples), of the shape of ``risks``; a part of weight 0 is
         empty and left out. Default: all equal.
       axis_name: the name of the ``shard_map``, ``pmap`` or ``vmap`` axis over which to merge: one collective of a few

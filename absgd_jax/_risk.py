@@ -97,7 +97,7 @@ def entropic_risk(
 
     With ``axis_name`` it is the risk of the batch that is spread over that axis, and it differentiates as
     :func:`jax.lax.pmean` of a mean does: under ``shard_map`` its gradient is that of the global batch; under ``pmap``,
-    ``vmap(axis_name=)`` and ``shard_map(check_vma=False)`` average the gradients over the axis, as usual there. The
+    ``vmap(axis_name=)`` and ``shard_map(check_vma=False)`` average the gradients over the axis, as is usual there. The
     shares are pulled back through the loss, so a loss that itself communicates (synchronised BatchNorm, gathered
     negatives) has the right gradient. It costs one collective of a few numbers between the passes.
 
@@ -105,15 +105,15 @@ def entropic_risk(
       losses: per-example losses, any shape. Half precision is reduced in float32; float64 stays float64.
       temperature: λ, a scalar in units of loss: positive, negative, ±inf or 0; a Python number or a traced value.
       weights: non-negative weights of the examples, matched to ``losses`` from the first axis on, so that (B,) weighs
-        the sequences of (B, T). They are normalised to sum to 1, and an example of weight 0 is left out, also of the
-        gradient in the weights. Default: all equal.
-      where: boolean mask, matched likewise; False leaves a (padded) example out, whatever its loss is, NaN included.
-        With nothing left, or no losses at all, the risk is -0. and its gradient 0; the sign of the zero tells
-        :func:`absgd_jax.scale_by_absgd` that nothing was seen.
+        the sequences of (B, T). They are normalised to sum to 1, and an example of weight 0 is left out, also from the
+        gradient with respect to the weights. Default: all equal.
+      where: boolean mask, matched likewise; False leaves a (padded) example out, whatever its loss, even NaN. With no
+        losses left, the risk is -0. and its gradient 0; the sign of the zero tells :func:`absgd_jax.scale_by_absgd`
+        that nothing was seen.
       threshold: θ, a loss beyond which (above it for λ > 0, below it for λ < 0) the weight grows no more:
-        :math:`\hat p_i \propto w_i e^{\min(L_i/\lambda,\, \theta/\lambda)}` in the risk and in its gradient, where ∇L_i
-        stays whole. Pass ``state.threshold`` where the optimizer has a ``max_weight``. It carries no gradient. Default:
-        none.
+        :math:`\hat p_i \propto w_i e^{\min(L_i/\lambda,\, \theta/\lambda)}` in the risk and in its gradient; ∇L_i
+        itself is not clipped. Pass ``state.threshold`` where the optimizer has a ``max_weight``. It carries no
+        gradient. Default: none.
       axis: the axes to reduce, as in :func:`jax.numpy.mean`. Default: all.
       axis_name: the name of a ``shard_map``, ``pmap`` or ``vmap`` axis, or several, over which the batch is spread.
 

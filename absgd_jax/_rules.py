@@ -18,19 +18,19 @@ from absgd_jax._validate import check_finite, check_positive, check_real, check_
 class Rule(NamedTuple):
     r"""A hyper-parameter that follows training, given as ``temperature=`` or ``gamma=``: a function of the state.
 
-    Optax takes every callable for a schedule of the step count, so a rule is not callable itself: it holds a function.
+    Optax treats every callable as a schedule of the step count, so a rule is not callable itself: it holds a function.
 
     Attributes:
       at: ``at(state, kl)`` returns the value for the next batch. For λ, ``state`` is the
         :class:`absgd_jax.ScaleByAbsgdState` after a batch, whose ``temperature`` is the λ with which that batch was
-        reduced, and ``kl`` is that batch's KL̂; ``kl`` is None when the state is made, and where ``radius`` is None and
-        the update was not given it. That λ may be ±∞ (the largest number): in a state that is handed over, and after
-        the first batch where weights are bounded. A rule that steps from it has to start anew there. For γ, ``state``
-        is that before the batch and ``kl`` is None; γ may come as the pair (γ, 1 - γ), if the latter would be lost to
+        reduced, and ``kl`` is that batch's KL̂; ``kl`` is None when the state is created, and where ``radius`` is None
+        and the update was not given ``kl``. That λ may be ±∞ (the largest number): in a state that is handed over, and
+        after the first batch if weights are bounded. A rule that steps from it has to restart there. For γ, ``state``
+        is that before the batch and ``kl`` is None; γ may be the pair (γ, 1 - γ), if the latter would be lost to
         rounding.
       radius: the KL distance ρ at which the rule aims, if it reads ``kl``; None if it does not.
-      mean_weight: for λ, the mean weight of a batch that is as hard as the running risk. With a rule g̃/s is held at 1
-        where it is greater, because R lags behind a λ that falls, and then multiplied by this number.
+      mean_weight: for λ, the mean weight of a batch that is as hard as the running risk. With a rule, g̃/s is capped at
+        1, because R lags behind a λ that falls, and then multiplied by this number.
 
     The library's rules are pytrees: their numbers may be traced, and they may be passed through ``jit`` and ``vmap``.
 
@@ -79,16 +79,17 @@ def _check_batch_size(radius, batch_size):
 
 
 def adaptive_gamma(log_alpha: ArrayLike) -> Rule:
-    r"""The state-dependent γ of SCENT, given as ``gamma=``: for λ > 0 forget fast while the risk is high.
+    r"""The state-dependent γ of SCENT, given as ``gamma=``: for λ > 0 it forgets fast while the risk is high.
 
     .. math:: \gamma_t = \frac{\alpha s_t}{1 + \alpha s_t} = \mathrm{sigmoid}(\log\alpha + R_t/\lambda)
 
-    It is the mirror-descent step on the dual variable log s, with step size α. The first step has γ = 1. For λ < 0 it
-    is the other way round: γ is small while the risk is high. A past with log α + R/λ above 87 (in float32) is
-    forgotten at once.
+    It is the mirror-descent step on the dual variable log s, with step size α. The first step has γ = 1. For λ < 0 the
+    opposite holds: γ is small while the risk is high. A past with log α + R/λ above 87 (in float32) is forgotten at
+    once.
 
     Args:
-      log_alpha: log α, dimensionless. The larger, the closer is γ to 1. A good start is minus the expected final R/λ.
+      log_alpha: log α, dimensionless. The larger it is, the closer γ is to 1. A good start is minus the expected final
+        R/λ.
 
     Returns:
       A rule for the ``gamma`` of :func:`absgd_jax.scale_by_absgd` and of all that is built on it.
@@ -119,33 +120,31 @@ def kl_radius(
 ) -> Rule:
     r"""A temperature that keeps the weights a KL distance ρ from uniform, given as ``temperature=``.
 
-    Robust optimisation over a KL ball instead of a KL penalty,
+    This is robust optimisation over a KL ball, not with a KL penalty:
     :math:`\min_{w,\,\lambda \ge 0} F_\lambda(w) + \lambda\rho`. As
     :math:`\partial \hat R/\partial\lambda = -\widehat{\mathrm{KL}}`, the mirror step on λ is
 
     .. math:: \log|\lambda| \leftarrow \log|\lambda| + \eta\,(\widehat{\mathrm{KL}} - \rho)
 
     λ follows the losses down, so the weights stay uneven when a network has fitted its training set, where any fixed λ
-    turns into SGD. λ lives in the state; pass KL̂ to the update: ``update(grads, state, params, value=risk, kl=kl)``,
-    both from ``value_and_grad(..., with_kl=True)``. A state that is handed over at λ = ∞ (the first of two stages), or
-    at a λ of the other sign, starts at ``init``.
+    turns into SGD. λ is kept in the state; pass risk and KL̂ from ``value_and_grad(..., with_kl=True)`` to the update:
+    ``update(grads, state, params, value=risk, kl=kl)``. A state that is handed over at λ = ∞ (the first of two stages),
+    or at a λ of the other sign, starts at ``init``.
 
-    s_t lags behind while λ falls, the more so the smaller γ is, and batches would weigh up to 1/γ. So the mean weight
-    g̃/s of a batch is held at 1 where it is greater: a batch harder than the running risk is a softmax, an easier one
-    counts less.
+    s_t lags behind while λ falls, more so for a smaller γ, and batches would weigh up to 1/γ. So the mean weight g̃/s
+    of a batch is capped at 1: a batch harder than the running risk is weighted by a softmax, an easier one counts less.
 
     A small λ at a high rate destroys a trained network: a few losses far above the running risk take all the weight.
-    Where that can happen start from a large ``init`` and bound the weights with ``max_weight=``;
-    :func:`absgd_jax.trust_fraction` and :func:`absgd_jax.focus_fraction` start there and speak of fractions.
+    Where this can happen, start from a large ``init`` and bound the weights with ``max_weight=``.
+    :func:`absgd_jax.trust_fraction` and :func:`absgd_jax.focus_fraction` start from a large λ and take fractions.
 
     Args:
       rho: ρ, the radius in nats, between 0 and log(batch size). 0.3 is mild, 2 is strong.
       init: the first λ, in units of loss. A negative value gives the mirrored form, which shifts weight away from
         outliers, also by a KL divergence of ρ.
-      step_size: η, the relative change of λ for each nat and step.
+      step_size: η, the relative change of λ per nat and step.
       batch_size: the smallest number of examples over which R̂ is taken (masked ones do not count), if ``rho`` is to be
-        checked against it here.
-        :func:`absgd_jax.weight_by_absgd` sees the batch and checks by itself.
+        checked against it here. :func:`absgd_jax.weight_by_absgd` checks it by itself.
 
     Returns:
       A rule for the ``temperature`` of :func:`absgd_jax.scale_by_absgd` and of all that is built on it.
@@ -210,36 +209,36 @@ def _within_fraction(rho, sign, step_size, state, kl):
 def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, batch_size: int | None = None) -> Rule:
     r"""A temperature λ < 0 that trusts a fraction of the data, given as ``temperature=``, for wrong labels.
 
-    Weights that are uniform on a fraction φ of a batch and 0 elsewhere lie
+    Weights that are uniform on a fraction φ of a batch and 0 elsewhere lie a KL divergence of
     :math:`\sum_{i \le \varphi B} \frac{1}{\varphi B} \log\frac{1}{\varphi} = -\log\varphi` from uniform. So where a
-    fraction ε of the labels is wrong, the weights that leave out just these have a radius of
+    fraction ε of the labels is wrong, the weights that leave out exactly these have a radius of
 
     .. math:: \rho = -\log(1 - \varepsilon) = -\log(\mathrm{fraction})
 
-    and the noise rate, which a user knows or can estimate on a sample, takes the place of λ. The weights are smooth
-    (those of :func:`kl_radius`), so the fraction is an effective one: exp(-KL). They are multiplied by it,
+    The noise rate, which a user knows or can estimate on a sample, takes the place of λ. The weights are smooth (those
+    of :func:`kl_radius`), so the fraction is an effective one: exp(-KL). They are multiplied by φ,
 
     .. math:: \tilde p_i = \varphi\, e^{(L_i - R)/\lambda}
 
-    so that examples that are trusted keep the weight 1 of SGD, where Algorithm 1 would give them 1/φ and lengthen the
-    steps. The learning rate stays that of SGD. (With Adam behind it a constant factor has no effect.)
+    so that trusted examples keep SGD's weight of 1, where Algorithm 1 would give them 1/φ and lengthen the steps. The
+    learning rate stays that of SGD. (With Adam, a constant factor has no effect.)
 
     A λ < 0 near 0 would silence whole classes for good before the network has learned them, because their losses are as
-    high as those of wrong labels. So λ starts mild and comes slowly: the first batch is taken by SGD, then λ is -10
-    times its mean loss, from where :func:`kl_radius` follows. And it waits for the network:
+    high as those of wrong labels. So λ starts mild and moves slowly: the first batch is taken by SGD, then λ is -10
+    times its mean loss, and from there it follows :func:`kl_radius`. It also waits for the network:
 
     .. math:: |\lambda| \ge \tfrac23\, R/\rho
 
-    An example without loss has the weight φ exp(-R/λ). It is 1 if just the wrong labels are left out; the limit lets it
-    be 1/√φ, and no more. So λ comes down as R does, and the fraction is reached when the losses that are trusted have
-    become small. Losses have to be at least 0, as cross entropy is, and 0 has to be in reach; for others use
-    :func:`kl_radius` with an ``init`` of your own.
+    An example with no loss has the weight φ exp(-R/λ), which is 1 if exactly the wrong labels are left out; the limit
+    lets it be 1/√φ, and no more. So λ comes down as R does, and the fraction is reached when the trusted losses have
+    become small. Losses have to be at least 0, as cross entropy is, and 0 has to be reachable; for others use
+    :func:`kl_radius` with your own ``init``.
 
     Args:
-      fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Rather too large than too small: trusting too few can
-        give up whole classes.
-      step_size: η, the relative change of λ for each nat and step. λ needs at least about log(10)/(η ρ) steps to come
-        down. Default: 0.03, less for fractions below 0.6, so that it is never fewer than 150.
+      fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Err on the large side: trusting too few can give up
+        whole classes.
+      step_size: η, the relative change of λ per nat and step. λ needs at least about log(10)/(η ρ) steps to come down.
+        Default: 0.03, less for fractions below 0.6, so that it never takes fewer than 150.
       batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
 
     Returns:
@@ -270,12 +269,12 @@ def focus_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
     .. math:: \rho = -\log \alpha = -\log(\mathrm{fraction})
 
     the weights of this rule are as uneven, but smooth. The first batch is taken by SGD, then λ is 10 times its mean
-    loss, from where :func:`kl_radius` follows. As for :func:`trust_fraction` losses have to be at least 0.
+    loss, and from there it follows :func:`kl_radius`. As for :func:`trust_fraction`, losses have to be at least 0.
 
     Args:
       fraction: α, the fraction of the batch that is to count, between 0 and 1. 0.7 is mild, 0.1 is strong: bound the
         weights with ``max_weight=`` as well, at a few times 1/α.
-      step_size: η, the relative change of λ for each nat and step. Default: as for :func:`trust_fraction`.
+      step_size: η, the relative change of λ per nat and step. Default: as for :func:`trust_fraction`.
       batch_size: the number of examples over which R̂ is taken, if the fraction is to be checked against it here.
 
     Returns:

@@ -18,10 +18,11 @@ class ScaleByAbsgdState(NamedTuple):
     Attributes:
       count: number of updates so far.
       risk: R_t, the running robust risk, worth logging: an example whose loss equals it has weight 1. Unless the
-        weights are bounded it is the running value of the objective F_λ. At λ = ±inf it is the last batch's mean loss.
-      temperature: λ with which the next batch is to be reduced.
-      mass: total weight 1 - (1 - γ)^t of the batches in ``risk``; 0 until λ is finite, so that leaving λ = ∞ restarts.
-      max_weight: c, the largest weight exp((L - risk)/λ) that an example can have.
+        weights are bounded, it is the running value of the objective F_λ. At λ = ±inf it is the last batch's mean loss.
+      temperature: λ with which to reduce the next batch.
+      mass: total weight 1 - (1 - γ)^t of the batches in ``risk``; 0 until λ is finite, so that leaving λ = ∞ restarts
+        the average.
+      max_weight: c, the largest weight exp((L - risk)/λ) of an example.
     """
 
     count: jax.Array  # shape=(), dtype=int32
@@ -34,7 +35,7 @@ class ScaleByAbsgdState(NamedTuple):
     def threshold(self) -> jax.Array:
         """The loss of weight ``max_weight``, risk + λ log(max_weight), for :func:`absgd_jax.entropic_risk`.
 
-        Without a bound it is the largest number, for λ < 0 the smallest.
+        Without a bound it is the largest number or, for λ < 0, the smallest.
         """
         largest = jnp.copysign(jnp.finfo(self.risk.dtype).max, self.temperature)
         unbounded = is_infinite(self.max_weight) | is_infinite(self.temperature)

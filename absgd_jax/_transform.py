@@ -28,36 +28,36 @@ def scale_by_absgd(
         \quad \hat R_t = \lambda \log \tilde g_t
 
     s is kept as R = λ log s, in units of loss, which is finite for every λ. The mean weight g̃/s of a batch is at most
-    1/γ (1 where a rule sets λ). At λ = ±inf gradients pass through bit for bit. When λ leaves ∞ the estimate starts
-    afresh; any other change of λ carries it over.
+    1/γ (1 where a rule sets λ). At λ = ±inf gradients pass through bit for bit. When λ leaves ∞, R starts afresh; any
+    other change of λ keeps it.
 
     *Bounded weights.* A loss 10 λ above another weighs :math:`e^{10}` times as much: at a learning rate that still
-    moves a trained network a few such losses destroy it within an epoch. With ``max_weight`` c the exponential becomes
-    :math:`\min(e^{(L_i - R_t)/\lambda}, c)`, in g̃ and in the gradient alike, with R_t the running risk before the
-    batch, so that parts still merge exactly. This is Algorithm 1 for a KL-regularised DRO in which no example has more
-    than c times its share,
+    moves a trained network, a few such losses destroy it within an epoch. With ``max_weight`` c, the exponential
+    becomes :math:`\min(e^{(L_i - R_t)/\lambda}, c)`, in g̃ and in the gradient alike, with R_t the running risk before
+    the batch, so that parts still merge exactly. This is Algorithm 1 for a KL-regularised DRO in which no example has
+    more than c times its share,
 
     .. math::
         F_{\lambda,c}(w) = \max_{0 \le q \le c,\ \mathbb{E} q = 1} \mathbb{E}[q L] - \lambda\, \mathbb{E}[q \log q]
         = \min_R\ R + \lambda\, \mathbb{E}\big[e_c\big(\tfrac{L - R}{\lambda}\big) - 1\big],
 
     where e_c is the exponential, continued by its tangent beyond log c (for λ < 0 max and min change places). c = ∞ is
-    F_λ; λ → 0 is the conditional value at risk of level 1/c, for λ < 0 the mean of the smallest losses of fraction 1/c.
-    R then is the minimiser, not the objective. In the first batch there is no R yet: it is taken at λ = ∞. The weight
+    F_λ; λ → 0 is the conditional value at risk of level 1/c or, for λ < 0, the mean of the fraction 1/c of smallest
+    losses. R then is the minimiser, not the objective. The first batch has no R yet and is taken at λ = ∞. The weight
     in the paper's normalisation is at most :math:`c\, s_t/s_{t+1}`.
 
-    A value that is not finite leaves the running risk as it was and lets the gradients pass, so that
-    :func:`optax.apply_if_finite` around the whole chain discards the step and nothing is lost. So does the -0. that
-    :func:`absgd_jax.entropic_risk` returns for a batch in which everything is masked.
+    A value that is not finite leaves the running risk unchanged and lets the gradients pass, so that
+    :func:`optax.apply_if_finite` around the whole chain discards the step and nothing is lost. The -0. that
+    :func:`absgd_jax.entropic_risk` returns for a fully masked batch does the same.
 
-    Do not put :class:`optax.MultiSteps` around it: it hands on the last micro-batch's value and averages gradients,
+    Do not put :class:`optax.MultiSteps` around this: it passes on the last micro-batch's value and averages gradients,
     neither of which is a merge. Use ``absgd_jax.value_and_grad(..., num_microbatches=k)``, which is exact. To schedule
-    λ, give the schedule here: :func:`optax.inject_hyperparams` keeps a schedule's *last* value in its state, so R̂
+    λ, pass the schedule here: :func:`optax.inject_hyperparams` keeps a schedule's *last* value in its state, so R̂
     would be computed with a λ that is one step old.
 
-    A schedule of λ must not run into 0, as a cosine or linear one to ``end_value=0`` does: there the risk is the
-    largest loss ever seen, every batch below it has the factor 0, and training stops although the updates are finite.
-    End it above 0, at a small multiple of the typical loss.
+    A schedule of λ must not reach 0, as a cosine or linear one to ``end_value=0`` does: there the risk is the largest
+    loss ever seen, every batch below it has the factor 0, and training stops although the updates are finite. End it
+    above 0, at a small multiple of the typical loss.
 
     Args:
       temperature: λ in units of loss: a number, an array, a schedule of the step count, or a rule such as
@@ -68,7 +68,7 @@ def scale_by_absgd(
         softmax.
       max_weight: c > 1, a number or an array; inf is Algorithm 1. The batch must be reduced with the state's threshold:
         ``value_and_grad(..., state=)`` does so; in your own loss pass it to :func:`absgd_jax.entropic_risk`. The
-        threshold carries no gradient, so a bounded run has no true derivative by λ or c.
+        threshold carries no gradient, so a bounded run has no true derivative with respect to λ or c.
       bias_correction: False is the paper's s_0 = 0, so that the first batches weigh 1/γ; True divides s_t by
         1 - (1 - γ)^t, as Adam does.
 
@@ -78,8 +78,8 @@ def scale_by_absgd(
       also ``kl=``.
 
     Raises:
-      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1 (numbers of
-        Python and NumPy are checked, JAX's arrays are not), or ``value`` is not a scalar.
+      ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1 (Python and
+        NumPy numbers are checked, JAX arrays are not), or ``value`` is not a scalar.
       TypeError: if ``update`` is called without ``value`` (or, with a rule that has a radius, without ``kl``).
 
     Example:

@@ -43,30 +43,29 @@ def value_and_grad(
     weights are read from the optimizer's state, so they are written once; micro-batches are merged exactly (see
     :func:`absgd_jax.merge_risks`), where averaging would change the result; over devices the gradients are summed.
 
-    *Micro-batches.* ``num_microbatches=k`` takes k equal slices of the batch one after another, with the memory of one.
-    Slices are strided, so that a batch sharded along its first axis stays where it is. Every positional argument is
-    sliced; keyword arguments are passed on whole, but keys of :func:`jax.random.key` among them are folded with the
-    number of the slice, so that no two slices share a dropout mask.
+    *Micro-batches.* ``num_microbatches=k`` processes k equal slices of the batch in turn, in the memory of one. Slices
+    are strided, so that a batch sharded along its first axis stays where it is. Every positional argument is sliced;
+    keyword arguments are passed on whole, but keys of :func:`jax.random.key` among them are folded with the index of
+    the slice, so that no two slices share a dropout mask.
 
     *Devices.* With ``axis_name`` the result is that of the global batch, and a loss may communicate over the axis.
     Where types say which arrays vary over it (``shard_map`` with check_vma), gradients have the types of their
     parameters, as with :func:`jax.grad`: those of replicated parameters come back summed; those of parameters that vary
-    over the axis (shards that the loss gathers, or copies that you made varying) are the derivatives by this device's
-    own. Elsewhere parameters are taken for replicated unless ``sharded`` says otherwise. It costs one collective of a
-    few numbers between the passes of each micro-batch, and one of gradients in the end. Under ``jit`` with sharded
-    arrays nothing is needed.
+    over the axis (shards that the loss gathers, or copies that you made varying) are derivatives with respect to this
+    device's own. Elsewhere parameters are assumed replicated unless ``sharded`` says otherwise. This costs one
+    collective of a few numbers between the passes of each micro-batch, and one of gradients at the end. Under ``jit``
+    with sharded arrays nothing is needed.
 
     Args:
       per_example_loss: ``per_example_loss(params, *args, **kwargs)`` returns one loss per example, not reduced; with
         ``has_aux`` the pair (losses, aux). To log the losses, return them as aux.
       has_aux: whether ``per_example_loss`` returns aux. Over devices aux stays local.
-      with_kl: whether to return also KL̂ = -∂R̂/∂λ, for rules such as :func:`absgd_jax.trust_fraction`.
+      with_kl: whether to also return KL̂ = -∂R̂/∂λ, for rules such as :func:`absgd_jax.trust_fraction`.
       num_microbatches: k ≥ 1, which must divide the number of examples.
-      aux_accumulator: how aux leaves the micro-batches, needed where there are both: a member of
-        :class:`optax.microbatching.AccumulationType` or a prefix tree of them. ``CONCAT`` puts leaves that have the
-        examples first together again, in order; ``MEAN`` is the plain mean over the slices, right for scalars and for
-        batch statistics (a mean over the batch is exact, a variance lacks what the slices' means differ by); ``SUM``
-        adds.
+      aux_accumulator: how to combine the micro-batches' aux, needed where there are both: a member of
+        :class:`optax.microbatching.AccumulationType` or a prefix tree of them. ``CONCAT`` joins leaves whose first axis
+        is that of the examples, in order; ``MEAN`` is the plain mean over the slices, right for scalars and for batch
+        statistics (a mean over the batch is exact, a variance lacks that between the slices); ``SUM`` adds.
       axis_name: under ``shard_map``, ``pmap`` or ``vmap``, the axis (or axes) over which the batch is spread.
       sharded: which parameters are shards of larger ones: their :class:`jax.sharding.PartitionSpec`, as in the
         ``in_specs`` of ``shard_map``, or True for a shard on every device of the axes, False for a copy on each; or a
@@ -74,9 +73,9 @@ def value_and_grad(
 
     Returns:
       ``f(params, *args, state=None, temperature=None, where=None, weights=None, **kwargs)``, which returns
-      ``(R̂, grads)``, with ``has_aux`` ``((R̂, aux), grads)``; with ``with_kl`` R̂ becomes the pair (R̂, KL̂).
+      ``(R̂, grads)`` or, with ``has_aux``, ``((R̂, aux), grads)``; with ``with_kl``, R̂ becomes the pair (R̂, KL̂).
       ``state`` is the optimizer's state, in which λ and the bound are found (injected ones too); ``temperature`` is λ
-      itself (without a bound), where there is no state or several λ. ``where`` and ``weights`` are those of
+      itself (without a bound), if there is no state or several λ. ``where`` and ``weights`` are those of
       :func:`absgd_jax.entropic_risk`; fill padded examples with finite numbers. If ``per_example_loss`` itself has a
       parameter with one of these four names, and it is not filled by position, the keyword is passed on to
       ``per_example_loss``.

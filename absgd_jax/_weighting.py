@@ -33,13 +33,14 @@ def weight_by_absgd(
 
     .. math:: \tilde p_i = e^{L_i/\lambda} / s_{t+1}, \qquad s_{t+1} = (1-\gamma)\, s_t + \gamma \tilde g_t
 
-    The same recursion as :func:`absgd_jax.scale_by_absgd`, at the level of the loss: the gradient of ``mean(p̃ · L)``
-    with p̃ held constant is what that transformation produces. Use one or the other, not both; but to look at the
-    weights of a step of that transformation, give ``update`` the losses of the batch and its state before the step.
+    This is the recursion of :func:`absgd_jax.scale_by_absgd` at the level of the loss: the gradient of ``mean(p̃ · L)``
+    with p̃ held constant is what that transformation produces. Use one or the other, not both. But to look at the
+    weights of a step of that transformation, pass ``update`` the losses of the batch and the transformation's state
+    before the step.
 
-    Here a term of the objective that belongs to the batch or the model and not to an example (a load-balance loss, a
-    group penalty) has its place: ``mean(p̃ · L) + term``. Added to every example's loss it would move R, and its
-    gradient would be scaled by g̃/s.
+    A term of the objective that belongs to the batch or the model, not to an example (a load-balance loss, a group
+    penalty), is added here: ``mean(p̃ · L) + term``. Added to every example's loss, it would move R, and its gradient
+    would be scaled by g̃/s.
 
     Args:
       temperature: λ, as for :func:`absgd_jax.scale_by_absgd`.
@@ -51,14 +52,13 @@ def weight_by_absgd(
       A pair of functions. ``init() -> state``. ``update(losses, state, *, where=None, axis_name=None) -> (p̃, state)``:
       ``losses`` of any shape; ``where`` is a mask whose False leaves an example out, matched from the first axis on;
       ``axis_name`` names a ``shard_map``, ``pmap`` or ``vmap`` axis over which the batch is spread. p̃ has the shape of
-      ``losses``, is 0 where an example is left out, and carries no gradient. The objective is ``sum(p̃ · L) / n`` with
-      the number n of losses that are not left out, where those that are have finite numbers (0 times NaN is NaN); over
-      devices both are sums over all of them.
+      ``losses``, is 0 where an example is left out, and carries no gradient. The objective is ``sum(p̃ · L) / n``,
+      where n is the number of losses that are not left out; over devices both are sums over all of them. Losses that
+      are left out have to be finite (0 times NaN is NaN).
 
     Raises:
       ValueError: if ``temperature`` is NaN or 0, ``gamma`` is outside (0, 1], ``max_weight`` is not above 1, or the
-        radius of a rule such as :func:`absgd_jax.kl_radius` is at or above log(batch size), which counts what ``where``
-        leaves out.
+        radius of a rule such as :func:`absgd_jax.kl_radius` is at or above log(batch size), masked examples included.
 
     Example:
       >>> import jax.numpy as jnp

@@ -11,17 +11,17 @@ from absgd_jax._validate import check_max_weight, check_temperature
 def attention_weights(
     losses: ArrayLike, risk: ArrayLike, temperature: ArrayLike, *, max_weight: ArrayLike = float("inf")
 ) -> jax.Array:
-    r"""How far each loss lies above the running robust risk, measured in λ and exponentiated.
+    r"""The weights of examples: how far each loss lies above the running risk, in units of λ, exponentiated.
 
     .. math:: \tilde p_i = \min\big(e^{(L_i - R)/\lambda},\, c\big)
 
-    For the weights that a step of an optimizer gives, in all cases, see :func:`absgd_jax.weight_by_absgd`.
+    For the weights of an optimizer's step, in all cases, use :func:`absgd_jax.weight_by_absgd`.
 
     Args:
       losses: per-example losses, any shape, in units of loss.
       risk: R = λ log s, the running robust risk: ``state.risk`` after the batch's update, broadcast against ``losses``.
-        With the paper's s_0 = 0 divide the result by that state's ``mass``, which is 1 after a few steps. With
-        ``max_weight`` take the risk before the update, to which the losses are compared; the result is p̃ but for a
+        With the paper's s_0 = 0, divide the result by that state's ``mass``, which is 1 after a few steps. With
+        ``max_weight``, take the risk before the update, to which the losses are compared; the result is p̃ up to a
         common factor.
       temperature: λ, a scalar: that of the state before the update. At ±inf every weight is 1.
       max_weight: c, the largest weight, as for :func:`absgd_jax.scale_by_absgd`.

@@ -6,9 +6,9 @@ also take soft labels (mixup, distillation): floating probabilities of the shape
 **Sigmoid losses**, for binary and multi-label data, take logits and labels of one shape, which is the losses' shape.
 Labels are 0 and 1, booleans, or probabilities.
 
-**Ignored labels.** An invalid label has the loss NaN, so that it cannot be counted unnoticed: an integer outside [0, C)
-such as 255 or -100, soft labels that are not a distribution, a sigmoid label outside [0, 1] (up to 0.01 counts
-as rounding). Leave it out with ``where``; its gradient is then 0, whatever its logits are:
+**Ignored labels.** An invalid label is an integer outside [0, C) such as 255 or -100, soft labels that are not a
+distribution, or a sigmoid label outside [0, 1] (up to 0.01 counts as rounding). Its loss is NaN, so that it cannot go
+unnoticed. Leave it out with ``where``; its gradient is then 0, whatever its logits are:
 
 >>> import absgd_jax
 >>> import jax.numpy as jnp
@@ -16,8 +16,8 @@ as rounding). Leave it out with ``where``; its gradient is then 0, whatever its 
 >>> print(absgd_jax.entropic_risk(absgd_jax.losses.focal(jnp.zeros((2, 2)), labels), 1.0, where=labels != 255))
 0.1733
 
-**Classes that do not occur**, whose count is 0, have the weight 0, no say in the margins of the others, and no place in
-a softmax that knows the counts, where the loss of such a label is inf. Counts need not be integers.
+**Classes that do not occur**, whose count is 0, have the weight 0, do not affect the margins of the others, and are
+left out of a softmax that uses the counts, where the loss of such a label is inf. Counts need not be integers.
 
 Losses are computed and returned in float32, those of float64 logits in float64.
 """
@@ -33,7 +33,7 @@ from absgd_jax import _tilt, _validate
 
 
 def focal(logits: ArrayLike, labels: ArrayLike, *, focusing: float = 2.0) -> jax.Array:
-    r"""Focal loss of the softmax: cross entropy, less for examples that are already classified well.
+    r"""Focal loss of the softmax: cross entropy, reduced for examples that are already classified well.
 
     .. math:: L = -(1 - p_y)^\varphi \log p_y, \qquad \text{soft: } L = -\sum_j q_j (1 - p_j)^\varphi \log p_j
 
@@ -237,13 +237,13 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
 
     .. math:: w_j \propto \frac{1 - \beta}{1 - \beta^{n_j}}, \qquad \sum_j w_j = C
 
-    Multiply a loss by ``weights[labels]``, or pass that as ``weights=`` of :func:`absgd_jax.entropic_risk`. For
-    multi-label data they are ``jnp.where(labels == 1, weights[:, 1], weights[:, 0])``.
+    Multiply a loss by ``weights[labels]``, or pass this as ``weights=`` of :func:`absgd_jax.entropic_risk`. For
+    multi-label data, use ``jnp.where(labels == 1, weights[:, 1], weights[:, 0])``.
 
     Args:
       class_counts: n, the training examples of each class, shape (..., C); for multi-label data the negatives and
         positives of each label, shape (C, 2).
-      beta: β in [0, 1); 0 weighs all classes alike, towards 1 the weight becomes 1/n.
+      beta: β in [0, 1); 0 weighs all classes alike; towards 1 the weight becomes 1/n.
 
     Returns:
       Weights, dimensionless, of the shape of ``class_counts``, normalised over its last axis.
@@ -279,7 +279,7 @@ def deferred_reweighting(class_weights: ArrayLike, start: int) -> Callable[[Arra
 
     Args:
       class_weights: weights to defer, any shape, for example :func:`class_balanced_weights`.
-      start: the step (or epoch, as you count) from which they hold.
+      start: the step or epoch from which the class weights hold.
 
     Returns:
       A schedule: step -> class weights, of the shape of ``class_weights``.
