@@ -37,7 +37,7 @@ class CifarRecipe(Recipe):
     weight_decay: float = 1e-3
     batch_size: int = 64
     n_max: int | None = None
-    """Training images of the largest class. None takes all there are."""
+    """The most training images of the largest class. None takes all there are."""
     test_per_class: int | None = None
     """Test images of each class. None takes all there are."""
 

@@ -36,7 +36,7 @@ class Cifar(Task):
     network_name: str  # "shallow" or "resnet-<depth>-<width>"
     shift: int  # pixels of the random crop
     flipped_test: bool = False  # whether logits are averaged with those of the mirror image
-    n_max: int | None = None  # training images of the largest class; None takes all there are
+    n_max: int | None = None  # at most so many training images of the largest class; None takes all there are
     test_per_class: int | None = None
     validation: float = 0.0
     subset_seed: int = 0
@@ -64,7 +64,8 @@ class Cifar(Task):
         share = np.ceil(everyone * self.validation).astype(int)
         validation = subset(train.labels, share, self.subset_seed)
         rest = np.setdiff1d(np.arange(len(train.labels)), validation)
-        n_max = self.n_max or int((everyone - share).min())
+        there = int((everyone - share).min())
+        n_max = min(self.n_max or there, there)
         chosen = rest[
             subset(
                 train.labels[rest],

@@ -118,6 +118,8 @@ def test_datasets_by_name(cifar10):
     np.testing.assert_array_equal(np.bincount(data.validation.labels), 500)
     np.testing.assert_array_equal(np.bincount(data.held_out.labels), 10)
     assert (data.clean == data.train.labels).all()
+    whole = task("cifar10-lt-1", n_max=9000, validation=0.1).load(cifar10)  # more than there are
+    np.testing.assert_array_equal(np.bincount(whole.train.labels), 4500)
     noisy = task("cifar10-lt-1-sym0.4", n_max=100, validation=0.1).load(cifar10)
     assert np.mean(noisy.clean != noisy.train.labels) == pytest.approx(0.4, abs=0.05)
     true = np.sort(np.bincount(noisy.validation.labels))  # as wrong as those that are trained on
