@@ -203,7 +203,8 @@ def _within_fraction(rho, sign, step_size, state, kl):
     start = 10 * jnp.abs(state.risk)  # many times the spread of losses that are at least 0, in whatever unit they are
     start = sign * jnp.where(start == 0, jnp.inf, start)
     lam = _mirror_step(rho, step_size, start, state.temperature, kl)
-    return jnp.where(sign < 0, jnp.minimum(lam, -2 / 3 * state.risk / jnp.asarray(rho, lam.dtype)), lam)
+    limit = -2 / 3 * state.risk / jnp.maximum(jnp.asarray(rho, lam.dtype), 0.5)
+    return jnp.where(sign < 0, jnp.minimum(lam, limit), lam)
 
 
 def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, batch_size: int | None = None) -> Rule:
@@ -227,12 +228,12 @@ def trust_fraction(fraction: ArrayLike, *, step_size: ArrayLike | None = None, b
     high as those of wrong labels. So λ starts mild and moves slowly: the first batch is taken by SGD, then λ is -10
     times its mean loss, and from there it follows :func:`kl_radius`. It also waits for the network:
 
-    .. math:: |\lambda| \ge \tfrac23\, R/\rho
+    .. math:: |\lambda| \ge \tfrac23\, R/\max(\rho, \tfrac12)
 
-    An example with no loss has the weight φ exp(-R/λ), which is 1 if exactly the wrong labels are left out; the limit
-    lets it be 1/√φ, and no more. So λ comes down as R does, and the fraction is reached when the trusted losses have
-    become small. Losses have to be at least 0, as cross entropy is, and 0 has to be reachable; for others use
-    :func:`kl_radius` with your own ``init``.
+    An example with no loss has the weight φ exp(-R/λ), which is 1 if exactly the wrong labels are left out. The limit
+    lets it be 1/√φ, or 2.1 φ for fractions above 0.61, and no more. So λ comes down as R does, and the fraction is
+    reached when the trusted losses have become small. Losses have to be at least 0, as cross entropy is, and 0 has to
+    be reachable; for others use :func:`kl_radius` with your own ``init``.
 
     Args:
       fraction: φ = 1 - ε, the fraction to trust, between 0 and 1. Err on the large side: trusting too few can give up
