@@ -63,6 +63,11 @@ def test_trust_waits_for_losses_to_become_small(fraction, right):
     assert reached > 1.01 * fraction
 
 
+def test_a_large_fraction_does_not_wait_for_small_losses():
+    _, _, reached = follow(trust_fraction(0.9), mixture(1500, hard=0.2))
+    assert reached == pytest.approx(0.9, abs=0.015)
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.3])
 def test_the_fraction_to_focus_on_is_reached_and_made_of_the_large_losses(fraction):
     weights, lam, reached = follow(focus_fraction(fraction), mixture(600, hard=0.3))
